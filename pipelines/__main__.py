@@ -1,0 +1,36 @@
+"""`python -m pipelines STAGE --flags` runs one stage without Prefect; a Ray job's entrypoint calls the same."""
+
+import sys
+from collections.abc import Sequence
+
+from pipelines.config import PipelineError, parse
+from pipelines.jobs import STAGES, disconnect, run_stage
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the stage that the first argument names; returns the exit status."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    name, *flags = arguments
+    try:
+        if name not in STAGES:
+            raise PipelineError(f"no stage {name!r}; there are {', '.join(STAGES)}")
+        config = parse(STAGES[name].config, f"python -m pipelines {name}", flags)
+        print(f"{name}: {run_stage(name, config).uri}", flush=True)
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        disconnect()
+    return 0
+
+
+def usage() -> str:
+    """What there is to run."""
+    lines = [f"  {name:<10}{stage.config.__doc__}" for name, stage in STAGES.items()]
+    return "\n".join(["usage: python -m pipelines STAGE [--help] [--flags]", "", "stages:", *lines])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,163 @@
+"""The generate stage: a table of requests becomes image shards, each a pure function of the model and its rows."""
+
+import io
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines import __version__, storage
+from pipelines.config import GenerateConfig, Outcome, PipelineError, SampleOptions, identity, narrow, what
+from pipelines.images import Pixels, to_png
+from pipelines.model import model_digest
+from pipelines.progress import Progress
+from pipelines.requests import ImageRequest
+from pipelines.worker import Worker, load_worker, picture_seed
+
+VERSION = 1
+_IN_FLIGHT = 2
+
+
+def find(config: GenerateConfig) -> Outcome | None:
+    """The images of these settings and this model, if they are published."""
+    uri = _uri(config)
+    return Outcome(uri=uri, found=True) if storage.is_published(uri) else None
+
+
+def run(config: GenerateConfig) -> Outcome:
+    """Generate all shards that are not there yet and publish them. Raises PipelineError on an unknown class."""
+    uri = _uri(config)
+    shards = range(-(-config.count // config.shard_size))
+    done = {number: part for number in shards if (part := _committed(uri, number)) is not None}
+    missing = [number for number in shards if number not in done]
+    requests_of(config, 0)
+    progress = Progress("generate", config.count, "pictures", done=sum(part["rows"] for part in done.values()))
+    paint = _through_service if config.via == "serve" else _through_actors
+    for number, part in paint(config, uri, missing):
+        done[number] = part
+        progress.update(sum(part["rows"] for part in done.values()))
+    return _publish(config, uri, [done[number] for number in shards])
+
+
+def requests_of(config: GenerateConfig, shard: int) -> list[ImageRequest]:
+    """The rows of one shard: classes in turn, a seed of its own for every picture."""
+    classes = _classes(config)
+    options = narrow(config, SampleOptions).model_dump()
+    rows = range(shard * config.shard_size, min((shard + 1) * config.shard_size, config.count))
+    return [
+        ImageRequest(prompt=classes[row % len(classes)], seed=picture_seed(config.seed, row), **options) for row in rows
+    ]
+
+
+def commit_shard(config: GenerateConfig, uri: str, shard: int, pictures: list[Pixels]) -> dict[str, Any]:
+    """Write one shard; the same pictures give the same bytes. Returns its entry for the manifest."""
+    requests, first = requests_of(config, shard), shard * config.shard_size
+    manifest = storage.read_manifest(storage.normalise(config.model), "model")
+    columns: dict[str, list[Any]] = {
+        "row": list(range(first, first + len(requests))),
+        "image": [{"bytes": to_png(picture), "path": f"{first + at:09}.png"} for at, picture in enumerate(pictures)],
+        "model": [model_digest(manifest)] * len(requests),
+    }
+    for name in ("task", "prompt", "seed", *SampleOptions.model_fields):
+        columns[name] = [getattr(request, name) for request in requests]
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer, compression="none")
+    return {**storage.put_part(uri, _stem(shard), ".parquet", buffer.getvalue()), "rows": len(requests)}
+
+
+class ShardPainter:
+    """A worker of the stage's own: makes and commits whole shards on its device."""
+
+    def __init__(self, config: GenerateConfig, uri: str) -> None:
+        self.config, self.uri = config, uri
+        self.worker: Worker = load_worker(config.model)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Row with the number of a `shard` -> that number and the shard's entry for the manifest."""
+        pictures = self.worker.paint(requests_of(self.config, row["shard"]))
+        return {"shard": row["shard"], **commit_shard(self.config, self.uri, row["shard"], pictures)}
+
+
+def _uri(config: GenerateConfig) -> str:
+    """Where the images of these settings and this model lie."""
+    model = model_digest(storage.read_manifest(storage.normalise(config.model), "model"))
+    return storage.join(
+        storage.normalise(config.store), "images", config.name, identity("generate", VERSION, what(config), model)
+    )
+
+
+def _classes(config: GenerateConfig) -> list[str]:
+    """The classes asked for; one empty name for a model without classes. Raises PipelineError on an unknown one."""
+    known = storage.read_json(storage.join(storage.normalise(config.model), "config.json"))["class_names"]
+    if config.classes == "all":
+        return known or [""]
+    wanted = [name.strip() for name in config.classes.split(",")]
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise PipelineError(f"classes: no class {unknown[0]!r}; there are {', '.join(known) or 'none'}")
+    return wanted
+
+
+def _stem(shard: int) -> str:
+    return f"part-{shard:05}"
+
+
+def _committed(uri: str, shard: int) -> dict[str, Any] | None:
+    """The entry of a shard that an earlier run wrote, its bytes checked against the digest in its name."""
+    for info in storage.list_if_any(storage.join(uri, f"{_stem(shard)}-*.parquet")):
+        data = storage.read_bytes(info.uri)
+        checksum = storage.digest(data)
+        if f"-{checksum[:12]}.parquet" in info.uri:
+            rows = pq.ParquetFile(io.BytesIO(data)).metadata.num_rows
+            name = info.uri.rsplit("/", 1)[1]
+            return {"name": name, "bytes": len(data), "sha256": checksum, "rows": rows}
+    return None
+
+
+def _through_actors(config: GenerateConfig, uri: str, missing: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Shards made by a Ray Data pool of workers, one per device."""
+    import ray
+    import ray.data
+
+    if not missing:
+        return
+    resources = ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0))
+    size = min(len(missing), config.workers or gpus or max(1, int(resources.get("CPU", 1)) // 2))
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    shards = ray.data.from_items([{"shard": number} for number in missing], override_num_blocks=len(missing))
+    painted = shards.map(
+        ShardPainter, fn_constructor_args=(config, uri), compute=ray.data.ActorPoolStrategy(size=size),
+        num_cpus=1, num_gpus=1 if gpus else 0,
+    )  # fmt: skip
+    for row in painted.iter_rows():
+        yield int(row.pop("shard")), row
+
+
+def _through_service(config: GenerateConfig, uri: str, missing: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Shards made by the running service, a few in flight at once, and committed here."""
+    from ray import serve
+
+    model = serve.get_deployment_handle("Model", app_name=config.app)
+    flying: deque[tuple[int, Any]] = deque()
+    todo = deque(missing)
+    while todo or flying:
+        while todo and len(flying) < _IN_FLIGHT:
+            number = todo.popleft()
+            flying.append((number, model.paint.remote(requests_of(config, number), config.model)))
+        number, answer = flying.popleft()
+        yield number, commit_shard(config, uri, number, answer.result())
+
+
+def _publish(config: GenerateConfig, uri: str, parts: list[dict[str, Any]]) -> Outcome:
+    """The manifest, written last."""
+    model = storage.read_manifest(storage.normalise(config.model), "model")
+    manifest = {
+        "kind": "images", "schema": 1, "name": config.name, "code": __version__, "settings": what(config),
+        "rows": config.count, "parts": parts, "model": {"uri": config.model, "digest": model_digest(model)},
+    }  # fmt: skip
+    storage.publish(uri, manifest)
+    print(f"generate: {config.count} pictures in {len(parts)} shards at {uri}", flush=True)
+    return Outcome(uri=uri, found=False)

@@ -1,0 +1,266 @@
+"""Every stage's settings: one strict model is the flow's parameters, the command line and the JSON beside a result.
+
+A field marked `How()` says how work is done (workers, addresses) and never takes part in a result's identity.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
+
+from diffusion_core.config import PRESETS, GridName, Prediction, SamplerConfig, SamplerName
+
+
+class PipelineError(Exception):
+    """Something a user can mend; its text is one clear line that names the thing, what was found and what to do."""
+
+
+class How:
+    """Marks a field that has no part in a result's identity: how work is done, and addresses.
+
+    Of inputs, their content takes part (by digest) and not their address.
+    """
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+class Place(Settings):
+    """Where results go."""
+
+    store: Annotated[str, How()] = Field("runs/demo", description="folder or s3://bucket/prefix that holds all results")
+    name: str = Field("cartoons", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of dataset, model and job")
+
+
+class DrawOptions(Settings):
+    """What cartoons to draw."""
+
+    count: int = Field(4000, ge=1, description="number of pictures")
+    resolution: int = Field(32, ge=8, le=1024, description="height and width in pixels")
+    seed: int = Field(0, ge=0, description="every picture is a function of this seed and its number")
+    shard_size: int = Field(500, ge=1, description="pictures in a tar shard")
+
+
+class DrawConfig(DrawOptions, Place):
+    """Draw cartoon heads and write them as WebDataset tar shards."""
+
+
+class IngestOptions(Settings):
+    """What pictures to take in."""
+
+    source: Annotated[list[str], How()] = Field(
+        min_length=1, description="folder, picture, tar or glob of them, on disk or s3://; give the flag again for more"
+    )
+    resolution: int = Field(32, ge=8, le=1024, description="height and width of the dataset in pixels")
+    heldout: float = Field(0.1, ge=0.0, lt=1.0, description="share of the pictures kept out of training")
+    class_field: str = Field("class", description="key of the class name in a tar member's JSON")
+    caption_field: str = Field("caption", description="key of the caption in a tar member's JSON")
+    background: str = Field("white", description="colour behind transparent pictures")
+    min_side: int = Field(8, ge=1, description="pictures with a shorter side are rejected")
+    max_pixels: int = Field(64_000_000, ge=1, description="pictures with more pixels are rejected")
+    shard_size: int = Field(1024, ge=1, description="rows in a Parquet shard")
+
+
+class IngestConfig(IngestOptions, Place):
+    """Turn pictures into a verified, immutable dataset."""
+
+
+class TrainOptions(Settings):
+    """What model to train."""
+
+    preset: str = Field("cpu-small", description="network: " + ", ".join(PRESETS))
+    prediction: Prediction = Field("edm", description="what the network predicts")
+    steps: int = Field(1200, ge=1, description="optimisation steps")
+    global_batch_size: int = Field(32, ge=1, description="pictures in a step, over all workers")
+    streams: int = Field(4, ge=1, description="parallel reading positions; divides the batch, divided by the workers")
+    learning_rate: float = Field(2e-3, gt=0, description="peak of warm-up and cosine decay")
+    warmup: int = Field(50, ge=0, description="steps of linear warm-up")
+    clip: float = Field(1.0, gt=0, description="largest norm of a gradient")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
+    label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels hidden, for guidance")
+    ema: float = Field(0.1, gt=0, le=0.28, description="width of the weights' moving average, relative to the run")
+    flip: bool = Field(False, description="mirror half of the pictures")
+    seed: int = Field(0, ge=0, description="keys weights, order, noise and sigma")
+    workers: Annotated[int, How()] = Field(
+        0, ge=0, description="training processes; 0 takes one per GPU, else per core, up to 2"
+    )
+    checkpoint_every: Annotated[int, How()] = Field(200, ge=1, description="steps between checkpoints")
+
+    @field_validator("preset")
+    @classmethod
+    def _known_preset(cls, value: str) -> str:
+        if value not in PRESETS:
+            raise ValueError(f"no preset {value!r}; there are {', '.join(PRESETS)}")
+        return value
+
+
+class TrainConfig(TrainOptions, Place):
+    """Train a diffusion U-Net on a dataset; resumes where an earlier run stopped."""
+
+    dataset: Annotated[str, How()] = Field(description="URI of the dataset (its folder)")
+
+
+class SampleOptions(Settings):
+    """How pictures are sampled; the same names as in an HTTP request."""
+
+    sampler: SamplerName = Field("dpmpp_2m", description="sampler")
+    steps: int = Field(18, ge=1, le=1000, description="denoiser calls for a picture")
+    grid: GridName = Field("karras", description="spacing of the noise levels")
+    guidance_scale: float = Field(2.0, ge=0.0, le=20.0, description="classifier-free guidance; 1 is off")
+
+    def sampler_config(self) -> SamplerConfig:
+        """The core's own settings."""
+        return SamplerConfig(sampler=self.sampler, steps=self.steps, grid=self.grid)
+
+
+class GenerateOptions(SampleOptions):
+    """What pictures to generate in bulk."""
+
+    count: int = Field(256, ge=1, description="number of pictures, spread evenly over the classes")
+    classes: str = Field("all", description="comma-separated class names, or all")
+    seed: int = Field(1, ge=0, description="picture i has a seed derived from this one and i")
+    shard_size: int = Field(64, ge=1, description="pictures in a Parquet shard")
+    via: Annotated[Literal["serve", "actors"], How()] = Field(
+        "actors", description="send rows to the running service, or to workers of the stage's own"
+    )
+    workers: Annotated[int, How()] = Field(0, ge=0, description="actors; 0 takes one per GPU, else one per two cores")
+
+
+class GenerateConfig(GenerateOptions, Place):
+    """Generate pictures in bulk into image shards with a manifest."""
+
+    model: Annotated[str, How()] = Field(description="URI of the published model (its folder)")
+    app: Annotated[str, How()] = Field("images", description="Ray Serve application to send rows to, with --via serve")
+
+
+class EvaluateOptions(SampleOptions):
+    """What to measure and show."""
+
+    samples: int = Field(64, ge=1, description="pictures generated over all classes")
+    edits: int = Field(16, ge=1, description="held-out pictures inpainted and denoised")
+    noise_level: float = Field(0.4, gt=0, description="sigma of the noise to remove, for pictures in [-1, 1]")
+    classifier_steps: int = Field(500, ge=0, description="training steps of the judging classifier; 0 leaves it out")
+    seed: int = Field(2, ge=0, description="keys the samples")
+
+
+class EvaluateConfig(EvaluateOptions, Place):
+    """Generate, inpaint and denoise with a model, and measure the results."""
+
+    dataset: Annotated[str, How()] = Field(description="URI of the dataset (its folder)")
+    model: Annotated[str, How()] = Field(description="URI of the published model (its folder)")
+    url: Annotated[str | None, How()] = Field(None, description="call this service over HTTP; else load the model here")
+    images: Annotated[str | None, How()] = Field(None, description="URI of bulk-generated images to judge as well")
+
+
+class ServeConfig(Place):
+    """Serve a model over HTTP until stopped."""
+
+    model: Annotated[str, How()] = Field(
+        "", description="URI of the published model; default: the newest of --name in --store"
+    )
+    host: Annotated[str, How()] = Field("127.0.0.1", description="address to listen on")
+    port: Annotated[int, How()] = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    app: Annotated[str, How()] = Field("images", description="name of the Ray Serve application")
+    replicas: Annotated[int, How()] = Field(1, ge=1, description="copies of the model")
+
+
+class PipelineOptions(Settings):
+    """What every flow of the whole pipeline has."""
+
+    train: TrainOptions = Field(TrainOptions(), description="training")
+    evaluate: EvaluateOptions = Field(EvaluateOptions(), description="evaluation")
+    generate: GenerateOptions = Field(GenerateOptions(), description="bulk generation")
+    cluster: Annotated[str | None, How()] = Field(
+        None, description="address of a Ray cluster's job server, http://HOST:8265"
+    )
+
+
+class PipelineConfig(PipelineOptions, IngestOptions, Place):
+    """Ingest pictures, train a model on them, evaluate it and generate with it."""
+
+
+class DemoConfig(PipelineOptions, Place):
+    """Draw cartoons, then run the whole pipeline on them."""
+
+    resolution: int = Field(32, ge=8, le=1024, description="height and width in pixels")
+    draw: DrawOptions = Field(DrawOptions(), description="cartoons")
+
+
+class Outcome(Settings):
+    """What a stage hands on: the URI of its result, and whether it was there already."""
+
+    uri: str
+    found: bool
+
+
+def what(settings: Settings) -> dict[str, Any]:
+    """The settings that say what is made: all but those marked `How()`, as JSON values."""
+    fields = type(settings).model_fields
+    hidden = {name for name, field in fields.items() if any(isinstance(mark, How) for mark in field.metadata)}
+    return settings.model_dump(mode="json", exclude=hidden)
+
+
+def identity(stage: str, version: int, made: dict[str, Any], inputs: Any) -> str:
+    """Digest (16 hex digits) that names a result: the stage, its algorithm's version, its settings and its inputs."""
+    text = json.dumps([stage, version, made, inputs], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def narrow(settings: Settings, kind: type[SettingsT], **more: Any) -> SettingsT:
+    """The settings of `kind` taken from those of the same names in a wider model."""
+    shared = {name: getattr(settings, name) for name in kind.model_fields if name in type(settings).model_fields}
+    return kind.model_validate({**shared, **more})
+
+
+def ray_address() -> str | None:
+    """Address of the Ray cluster that this process was started in (a Ray job's), or None."""
+    return os.environ.get("RAY_ADDRESS")
+
+
+def parse(kind: type[SettingsT], program: str, arguments: Sequence[str]) -> SettingsT:
+    """Settings from command-line flags; `--help` prints them all and exits. No environment variable takes part.
+
+    Raises PipelineError, in one line, on an unknown flag or a bad value.
+    """
+
+    class Flags(BaseSettings, kind):  # type: ignore[valid-type, misc]
+        model_config = SettingsConfigDict(
+            cli_prog_name=program, cli_kebab_case=True, cli_implicit_flags=True, cli_exit_on_error=False,
+            cli_hide_none_type=True, cli_avoid_json=True, extra="forbid",
+        )  # fmt: skip
+
+        @classmethod
+        def settings_customise_sources(cls, *_: Any, init_settings: Any, **__: Any) -> tuple[Any, ...]:
+            return (init_settings,)
+
+    Flags.__doc__ = kind.__doc__
+    try:
+        flags = CliApp.run(Flags, cli_args=list(arguments))
+        return kind.model_validate(flags.model_dump())
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = "--" + ".".join(str(part) for part in first["loc"]).replace("_", "-")
+        raise PipelineError(f"{program}: {flag} {first.get('input')!r}: {first['msg']}") from error
+    except SettingsError as error:
+        told = str(error).removeprefix("error parsing CLI: ")
+        raise PipelineError(f"{program}: {told}; --help lists the settings") from error
+
+
+def to_flags(config: Settings) -> list[str]:
+    """The command-line flags that `parse` turns back into `config`."""
+    flags: list[str] = []
+    for name, value in config.model_dump(mode="json", exclude_none=True).items():
+        for item in value if isinstance(value, list) else [value]:
+            switch = f"--{name.replace('_', '-')}"
+            flags += [switch if item else f"--no-{switch[2:]}"] if isinstance(item, bool) else [switch, str(item)]
+    return flags

@@ -1,0 +1,117 @@
+"""Run a stage: here on a Ray of our own, or as a job on a named Ray cluster, and find what is done already."""
+
+import importlib
+import logging
+import os
+import shlex
+import time
+from typing import Any, NamedTuple
+
+from pipelines import config as settings
+from pipelines.config import Outcome, PipelineError, Settings
+
+_OBJECT_STORE_BYTES = 400_000_000
+_POLL_S = 1.0
+_EXCLUDED = (".venv", ".venv-s3", ".git", "runs", "tests", "docs", ".mypy_cache", ".ruff_cache", ".pytest_cache")
+
+
+class Stage(NamedTuple):
+    """A stage: its settings, the module that has its `find` and `run`, and whether it needs Ray."""
+
+    config: type[Settings]
+    module: str
+    needs_ray: bool = True
+
+
+STAGES: dict[str, Stage] = {
+    "draw": Stage(settings.DrawConfig, "pipelines.cartoons", needs_ray=False),
+    "ingest": Stage(settings.IngestConfig, "pipelines.ingest"),
+    "train": Stage(settings.TrainConfig, "pipelines.train"),
+    "generate": Stage(settings.GenerateConfig, "pipelines.bulk"),
+    "evaluate": Stage(settings.EvaluateConfig, "pipelines.evaluate", needs_ray=False),
+    "serve": Stage(settings.ServeConfig, "pipelines.serve"),
+}
+
+
+def run_stage(name: str, config: Settings, cluster: str | None = None) -> Outcome:
+    """The result of a stage: found in the store, made here, or made by a job on `cluster` (http://HOST:8265).
+
+    Raises PipelineError where the stage fails.
+    """
+    module = importlib.import_module(STAGES[name].module)
+    found: Outcome | None = module.find(config)
+    if found is not None:
+        print(f"{name}: found {found.uri}", flush=True)
+        return found
+    if cluster is not None:
+        _submit(name, config, cluster)
+        return _made(name, module.find(config), cluster)
+    if STAGES[name].needs_ray:
+        connect()
+    made: Outcome = module.run(config)
+    return made
+
+
+def connect() -> None:
+    """Connect to the Ray cluster this process belongs to, or start a small one of our own; once per process."""
+    import ray
+    import ray.data
+    import ray.serve
+
+    if ray.is_initialized():
+        return
+    # Said aloud, so that Ray does not warn that it chose: whoever is on this machine needs the token.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    for name in ("ray.data", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    own = {"address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+    # Workers' lines are for Ray's log files: what people should see comes through progress.Board and as errors.
+    ray.init(**({} if settings.ray_address() else own), logging_level=logging.WARNING, log_to_driver=False)
+
+
+def disconnect() -> None:
+    """Leave Ray; stops it where `connect` started it."""
+    import ray
+
+    ray.shutdown()
+
+
+def _submit(name: str, config: Settings, cluster: str) -> None:
+    """Run the stage as a Ray job and follow its log to the end."""
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    try:
+        client = JobSubmissionClient(cluster)
+        entrypoint = shlex.join(["python", "-m", "pipelines", name, *settings.to_flags(config)])
+        root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        environment = {"working_dir": root, "excludes": list(_EXCLUDED)}
+        job = client.submit_job(entrypoint=entrypoint, runtime_env=environment)
+    except (ConnectionError, RuntimeError) as error:
+        raise PipelineError(f"cluster {cluster}: {str(error).splitlines()[0]}; check its address and token") from error
+    print(f"{name}: job {job} on {cluster}", flush=True)
+    status = _follow(client, job)
+    if status != JobStatus.SUCCEEDED:
+        reason = (client.get_job_info(job).message or "no reason given").strip().splitlines()[-1]
+        raise PipelineError(f"{name}: job {job} on {cluster} ended {status.value}: {reason}")
+
+
+def _follow(client: Any, job: str) -> Any:
+    """Print what a job prints as it comes, until it ends; its last status."""
+    shown = 0
+    while True:
+        status = client.get_job_status(job)
+        log = client.get_job_logs(job)
+        print(log[shown:], end="", flush=True)
+        shown = len(log)
+        if status.is_terminal():
+            return status
+        time.sleep(_POLL_S)
+
+
+def _made(name: str, found: Outcome | None, cluster: str) -> Outcome:
+    """What a finished job left in the store."""
+    if found is None:
+        raise PipelineError(
+            f"{name}: the job on {cluster} ended well, but its result is not in the store seen from here"
+        )
+    return Outcome(uri=found.uri, found=False)

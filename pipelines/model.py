@@ -1,0 +1,98 @@
+"""Published models: a folder of safetensors, config.json, a card and a manifest. Whoever has the folder can load it."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from diffusion_core.config import ModelConfig
+from diffusion_core.denoiser import Denoiser
+from diffusion_core.unet import UNet
+from pipelines import __version__, storage
+from pipelines.config import PipelineError
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model and where it came from."""
+
+    uri: str
+    digest: str
+    denoiser: Denoiser
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration."""
+        return self.denoiser.config
+
+
+def publish_model(
+    folder: str, config: ModelConfig, weights: dict[str, Tensor], lineage: dict[str, Any], curve: list[list[float]]
+) -> None:
+    """Write a model folder. `lineage` says what it was made of (settings, dataset); `curve` holds [step, loss] rows."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    parts = [
+        _part(folder, "model.safetensors", safetensors.torch.save(tensors)),
+        _part(folder, "config.json", storage.to_json(config.to_dict())),
+        _part(folder, "curve.json", storage.to_json(curve)),
+        _part(folder, "README.md", _card(config, lineage, curve).encode()),
+    ]
+    manifest = {"kind": "model", "schema": 1, "code": __version__, "parts": parts, "lineage": lineage}
+    if not storage.publish(folder, manifest):
+        raise PipelineError(f"{folder}: another run published other weights under this name; use another name or store")
+
+
+def load_model(uri: str) -> Model:
+    """The model folder at `uri`, on the CPU, ready to sample. Raises StorageError where it is missing or damaged."""
+    uri = storage.normalise(uri)
+    manifest = storage.read_manifest(uri, "model")
+    parts = {part["name"]: part for part in manifest["parts"]}
+    try:
+        config = ModelConfig.from_dict(json.loads(storage.read_part(uri, parts["config.json"])))
+        network = UNet(config.unet)
+        network.load_state_dict(safetensors.torch.load(storage.read_part(uri, parts["model.safetensors"])))
+    except (KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        raise PipelineError(f"{uri}: not a model of this version ({error}); publish it again") from error
+    return Model(uri, model_digest(manifest), Denoiser(network.eval(), config))
+
+
+def model_digest(manifest: dict[str, Any]) -> str:
+    """What identifies a model: a digest over its weights and configuration."""
+    sums = [part["sha256"] for part in manifest["parts"] if part["name"] in ("model.safetensors", "config.json")]
+    return storage.digest(" ".join(sorted(sums)).encode())
+
+
+def newest_model(store: str, name: str) -> str:
+    """URI of the model of this name that was published last. Raises StorageError where there is none."""
+    base = storage.join(storage.normalise(store), "models", name)
+    folders = [
+        storage.join(base, run, "published", step)
+        for run in storage.list_folders(base)
+        for step in storage.list_folders(storage.join(base, run, "published"))
+    ]
+    manifests = [storage.join(folder, storage.MANIFEST) for folder in folders if storage.is_published(folder)]
+    if not manifests:
+        raise storage.StorageError(f"{base}: no published model here; run the train stage first, or give --model")
+    return max(manifests, key=lambda uri: (storage.modified(uri), uri)).rsplit("/", 1)[0]
+
+
+def _part(folder: str, name: str, data: bytes) -> dict[str, Any]:
+    """A file of the folder, under its plain name, for the manifest."""
+    storage.write_bytes(storage.join(folder, name), data)
+    return {"name": name, "bytes": len(data), "sha256": storage.digest(data)}
+
+
+def _card(config: ModelConfig, lineage: dict[str, Any], curve: list[list[float]]) -> str:
+    """The model card in Markdown."""
+    classes = ", ".join(config.class_names) or "none (unconditional)"
+    rows = "\n".join(f"| {key} | {value} |" for key, value in sorted(lineage["settings"].items()))
+    loss = f"{curve[-1][1]:.4f} after {int(curve[-1][0])} steps" if curve else "not recorded"
+    return (
+        f"# {lineage['name']}\n\nA diffusion U-Net for {config.unet.resolution}x{config.unet.resolution} pictures, "
+        f"prediction {config.prediction}, sigma_data {config.sigma_data:.4f}.\n\n"
+        f"- Classes: {classes}\n- Dataset: {lineage['dataset']}\n- Training loss: {loss}\n\n"
+        f"| setting | value |\n|---|---|\n{rows}\n"
+    )

@@ -1,0 +1,92 @@
+"""What people look at: grids of pictures, plots, and the report page with everything in it."""
+
+import base64
+import io
+from importlib import resources
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from pipelines import storage
+from pipelines.images import Pixels
+from pipelines.progress import duration
+
+_GAP = 2
+
+
+def grid(pictures: Pixels, columns: int) -> Pixels:
+    """Pictures [N, H, W, 3] in rows of `columns`, on white with a small gap: uint8 [H', W', 3]."""
+    count, height, width, _ = pictures.shape
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP, 3), 255, dtype=np.uint8)
+    for index, picture in enumerate(pictures):
+        top, left = (index // columns) * (height + _GAP), (index % columns) * (width + _GAP)
+        sheet[top : top + height, left : left + width] = picture
+    return sheet
+
+
+def loss_curve(curve: list[list[float]]) -> str:
+    """The training loss by step as an SVG drawing."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 2.8), layout="constrained")
+    axes = figure.subplots()
+    steps, losses = zip(*curve, strict=True) if curve else ((), ())
+    axes.plot(steps, losses, color="#b9c6e4", linewidth=1, label="mean of 10 steps")
+    axes.plot(steps, _smooth(np.array(losses)), color="#2f5cc9", linewidth=2, label="smoothed")
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.grid(color="#8884", linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def collect(uris: dict[str, str], seconds: dict[str, float], settings: dict[str, Any]) -> dict[str, Any]:
+    """All figures of a pipeline's run, from the manifests that its stages left. `uris` names each stage's result."""
+    dataset = storage.read_manifest(uris["ingest"], "dataset")
+    model = storage.read_manifest(uris["train"], "model")
+    evaluation = storage.read_manifest(uris["evaluate"], "evaluation")
+    images = storage.read_manifest(uris["generate"], "images")
+    return {
+        "name": dataset["name"], "uris": uris, "seconds": seconds, "settings": settings,
+        "dataset": {key: dataset[key] for key in ("counts", "reasons", "classes", "resolution", "mean", "sigma_data")},
+        "rows": {split: sum(shard["rows"] for shard in shards) for split, shards in dataset["shards"].items()},
+        "training": {"settings": model["lineage"]["settings"], "curve": storage.read_json(
+            storage.join(uris["train"], "curve.json"))},
+        "figures": evaluation["figures"], "bulk": {"rows": images["rows"], "shards": len(images["parts"])},
+    }  # fmt: skip
+
+
+def write_report(store: str, report: dict[str, Any]) -> str:
+    """Write report.html (one file, no outside links) and report.json into the store; returns the page's URI."""
+    evaluation = storage.read_manifest(report["uris"]["evaluate"], "evaluation")
+    pictures = {
+        name: _data_uri(storage.read_part(report["uris"]["evaluate"], part))
+        for name, part in evaluation["pictures"].items()
+    }
+    text = resources.files("pipelines").joinpath("report.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"duration": duration, "percent": lambda share: f"{100 * share:.1f} %"}
+    page = environment.from_string(text).render(
+        **report, pictures=pictures, curve=jinja2.utils.markupsafe.Markup(loss_curve(report["training"]["curve"]))
+    )
+    storage.write_bytes(storage.join(store, "report.json"), storage.to_json(report))
+    storage.write_bytes(storage.join(store, "report.html"), page.encode())
+    return storage.join(store, "report.html")
+
+
+def _smooth(values: np.ndarray[Any, np.dtype[np.float64]], keep: float = 0.9) -> list[float]:
+    """Exponential mean, without its bias towards the first value."""
+    out, total, weight = list[float](), 0.0, 0.0
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        out.append(total / weight)
+    return out
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
