@@ -2,10 +2,12 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from prefect import flow, task
+from prefect.exceptions import FailedRun
+from prefect.states import Failed, State
 
 from pipelines.config import (
     DemoConfig,
@@ -23,80 +25,100 @@ from pipelines.config import (
     parse,
 )
 
+Result = str | State[Any]
+
+
+@flow(flow_run_name="{config.name}", validate_parameters=True)
+def demo(config: DemoConfig) -> Result:
+    """Draw cartoons, then run the whole pipeline on them; returns the report's URI."""
+    return told(lambda: draw_and_run(config))
+
+
+@flow(flow_run_name="{config.name}", validate_parameters=True)
+def pipeline(config: PipelineConfig) -> Result:
+    """Ingest → train → serve → generate → evaluate → report; returns the report's URI."""
+    return told(lambda: run_pipeline(config, Clock()))
+
+
+def draw_and_run(config: DemoConfig) -> str:
+    """The demo: its pictures come from the built-in cartoonist, as shards that anyone might have delivered."""
+    clock = Clock()
+    drawing = narrow(config.draw, DrawConfig, store=config.store, name=config.name, resolution=config.resolution)
+    shards = clock.time("draw", drawing)
+    return run_pipeline(narrow(config, PipelineConfig, source=[f"{shards}/*.tar"]), clock)
+
+
+def run_pipeline(config: PipelineConfig, clock: "Clock") -> str:
+    """Every stage in turn, each given the URI of the one before."""
+    place = {"store": config.store, "name": config.name}
+    dataset = clock.time("ingest", narrow(config, IngestConfig), config.cluster)
+    model = clock.time("train", narrow(config.train, TrainConfig, dataset=dataset, **place), config.cluster)
+    # A cluster's service is deployed and not started by a flow, so there the stages load the model themselves.
+    url = None if config.cluster else value_of(serve(narrow(config, ServeConfig, model=model, port=0), return_state=True))
+    via = {"via": "serve"} if url else {}
+    images = clock.time("generate", narrow(config.generate, GenerateConfig, model=model, **place, **via), config.cluster)
+    inputs = {"dataset": dataset, "model": model, "images": images, "url": url}
+    evaluation = clock.time("evaluate", narrow(config.evaluate, EvaluateConfig, **inputs, **place), config.cluster)
+    uris = {"ingest": dataset, "train": model, "generate": images, "evaluate": evaluation}
+    return str(value_of(report(uris, clock.seconds, config, return_state=True)))
+
 
 @task(task_run_name="{name}")
-def stage(name: str, config: Settings, cluster: str | None) -> Outcome:
+def stage(name: str, config: Settings, cluster: str | None) -> Outcome | State[Any]:
     """One stage, here or as a job on the cluster; its result is found again by its settings."""
     from pipelines.jobs import run_stage
 
-    return run_stage(name, config, cluster)
+    return told(lambda: run_stage(name, config, cluster))
 
 
-@task
-def report(uris: dict[str, str], seconds: dict[str, float], config: PipelineConfig) -> str:
+@task(task_run_name="serve")
+def serve(config: ServeConfig) -> Result:
+    """The model behind HTTP on the embedded Ray; returns the service's URL."""
+    from pipelines.jobs import connect
+
+    connect()
+    from pipelines.serve import start
+
+    return told(lambda: start(config))
+
+
+@task(task_run_name="report")
+def report(uris: dict[str, str], seconds: dict[str, float], config: PipelineConfig) -> Result:
     """The page that shows what came out."""
     from pipelines.report import collect, write_report
     from pipelines.storage import normalise
 
-    return write_report(normalise(config.store), collect(uris, seconds, config.model_dump(mode="json")))
-
-
-@flow(flow_run_name="{config.name}")
-def pipeline(config: PipelineConfig, seconds: dict[str, float] | None = None) -> str:
-    """Ingest → train → serve → generate → evaluate → report; returns the report's URI."""
-    clock = Clock(seconds or {})
-    dataset = clock.time("ingest", stage, narrow(config, IngestConfig), config.cluster)
-    training = narrow(config.train, TrainConfig, store=config.store, name=config.name, dataset=dataset)
-    model = clock.time("train", stage, training, config.cluster)
-    url = None if config.cluster else serve(config, model)
-    images = clock.time("generate", stage, bulk_config(config, model, url), config.cluster)
-    judging = narrow(
-        config.evaluate, EvaluateConfig, store=config.store, name=config.name,
-        dataset=dataset, model=model, images=images, url=url,
-    )  # fmt: skip
-    evaluation = clock.time("evaluate", stage, judging, config.cluster)
-    uris = {"ingest": dataset, "train": model, "generate": images, "evaluate": evaluation}
-    return report(uris, clock.seconds, config)
-
-
-@flow(flow_run_name="{config.name}")
-def demo(config: DemoConfig) -> str:
-    """Draw cartoons, then run the pipeline on them."""
-    clock = Clock({})
-    drawing = narrow(config.draw, DrawConfig, store=config.store, name=config.name, resolution=config.resolution)
-    shards = clock.time("draw", stage, drawing, None)
-    return pipeline(narrow(config, PipelineConfig, source=[f"{shards}/*.tar"]), clock.seconds)
+    return told(lambda: write_report(normalise(config.store), collect(uris, seconds, config.model_dump(mode="json"))))
 
 
 class Clock:
-    """Runs stages and remembers how long each took."""
+    """Runs stages and remembers how long each took, in seconds."""
 
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self.seconds = dict(seconds)
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
 
-    def time(self, name: str, run: Any, config: Settings, cluster: str | None) -> str:
-        """The URI of the stage's result."""
+    def time(self, name: str, config: Settings, cluster: str | None = None) -> str:
+        """The URI of the stage's result. Raises PipelineError with the stage's own words."""
         began = time.monotonic()
-        outcome: Outcome = run(name, config, cluster)
+        outcome: Outcome = value_of(stage(name, config, cluster, return_state=True))
         self.seconds[name] = time.monotonic() - began
         return outcome.uri
 
 
-def bulk_config(config: PipelineConfig, model: str, url: str | None) -> GenerateConfig:
-    """Bulk generation through the service where one runs."""
-    via = "serve" if url else "actors"
-    more: dict[str, Any] = {"store": config.store, "name": config.name, "model": model, "via": via}
-    return GenerateConfig.model_validate({**config.generate.model_dump(), **more})
+def told(run: Callable[[], Any]) -> Any:
+    """What `run` returns; an error that a user can mend becomes a failed state with its one line, without a trace."""
+    try:
+        return run()
+    except PipelineError as error:
+        return Failed(message=str(error))
 
 
-@task
-def serve(config: PipelineConfig, model: str) -> str:
-    """The model behind HTTP on the embedded Ray; returns the service's URL."""
-    from pipelines.jobs import connect
-    from pipelines.serve import start
-
-    connect()
-    return start(narrow(config, ServeConfig, model=model, port=0))
+def value_of(state: State[Any]) -> Any:
+    """The result of a finished run. Raises PipelineError with its message where `told` made it a failed state."""
+    try:
+        return state.result()
+    except FailedRun as error:
+        raise PipelineError(str(error)) from error
 
 
 FLOWS: dict[str, tuple[Any, type[Settings]]] = {"demo": (demo, DemoConfig), "pipeline": (pipeline, PipelineConfig)}
@@ -104,14 +126,16 @@ FLOWS: dict[str, tuple[Any, type[Settings]]] = {"demo": (demo, DemoConfig), "pip
 
 def main(arguments: Sequence[str]) -> int:
     """Run the flow that the first argument names; returns the exit status."""
-    if not arguments or arguments[0] not in FLOWS:
+    if not arguments or arguments[0] in ("-h", "--help"):
         lines = [f"  {name:<10}{kind.__doc__}" for name, (_, kind) in FLOWS.items()]
         print("\n".join(["usage: python flows.py FLOW [--help] [--flags]", "", "flows:", *lines]))
-        return 0 if arguments and arguments[0] in ("-h", "--help") else 2
+        return 0 if arguments else 2
     name, *flags = arguments
-    run, kind = FLOWS[name]
     try:
-        print(run(parse(kind, f"python flows.py {name}", flags)))
+        if name not in FLOWS:
+            raise PipelineError(f"no flow {name!r}; there are {', '.join(FLOWS)}")
+        run, kind = FLOWS[name]
+        print(value_of(run(parse(kind, f"python flows.py {name}", flags), return_state=True)))
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
 from diffusion_core.config import PRESETS, GridName, Prediction, SamplerConfig, SamplerName
@@ -26,10 +26,26 @@ class How:
     """
 
 
+def absolute(uri: str) -> str:
+    """The URI that names the same thing from any folder: s3://bucket/key, or an absolute path. No slash at the end.
+
+    Raises ValueError on another kind of address.
+    """
+    if "://" in uri and not uri.startswith(("s3://", "file://")):
+        raise ValueError(f"{uri}: unknown kind of address; give a path or s3://bucket/key")
+    if uri.startswith("s3://"):
+        return uri.rstrip("/")
+    return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
+
+
+# Workers run in folders of their own, so a relative path must be resolved where the user typed it.
+Uri = Annotated[str, AfterValidator(absolute)]
+
+
 class Settings(BaseModel):
     """Base of all settings: unknown keys are errors, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
@@ -38,7 +54,7 @@ SettingsT = TypeVar("SettingsT", bound=Settings)
 class Place(Settings):
     """Where results go."""
 
-    store: Annotated[str, How()] = Field("runs/demo", description="folder or s3://bucket/prefix that holds all results")
+    store: Annotated[Uri, How()] = Field("runs/demo", description="folder or s3://bucket/prefix that holds all results")
     name: str = Field("cartoons", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of dataset, model and job")
 
 
@@ -58,7 +74,7 @@ class DrawConfig(DrawOptions, Place):
 class IngestOptions(Settings):
     """What pictures to take in."""
 
-    source: Annotated[list[str], How()] = Field(
+    source: Annotated[list[Uri], How()] = Field(
         min_length=1, description="folder, picture, tar or glob of them, on disk or s3://; give the flag again for more"
     )
     resolution: int = Field(32, ge=8, le=1024, description="height and width of the dataset in pixels")
@@ -107,7 +123,7 @@ class TrainOptions(Settings):
 class TrainConfig(TrainOptions, Place):
     """Train a diffusion U-Net on a dataset; resumes where an earlier run stopped."""
 
-    dataset: Annotated[str, How()] = Field(description="URI of the dataset (its folder)")
+    dataset: Annotated[Uri, How()] = Field(description="URI of the dataset (its folder)")
 
 
 class SampleOptions(Settings):
@@ -139,7 +155,7 @@ class GenerateOptions(SampleOptions):
 class GenerateConfig(GenerateOptions, Place):
     """Generate pictures in bulk into image shards with a manifest."""
 
-    model: Annotated[str, How()] = Field(description="URI of the published model (its folder)")
+    model: Annotated[Uri, How()] = Field(description="URI of the published model (its folder)")
     app: Annotated[str, How()] = Field("images", description="Ray Serve application to send rows to, with --via serve")
 
 
@@ -156,17 +172,17 @@ class EvaluateOptions(SampleOptions):
 class EvaluateConfig(EvaluateOptions, Place):
     """Generate, inpaint and denoise with a model, and measure the results."""
 
-    dataset: Annotated[str, How()] = Field(description="URI of the dataset (its folder)")
-    model: Annotated[str, How()] = Field(description="URI of the published model (its folder)")
+    dataset: Annotated[Uri, How()] = Field(description="URI of the dataset (its folder)")
+    model: Annotated[Uri, How()] = Field(description="URI of the published model (its folder)")
     url: Annotated[str | None, How()] = Field(None, description="call this service over HTTP; else load the model here")
-    images: Annotated[str | None, How()] = Field(None, description="URI of bulk-generated images to judge as well")
+    images: Annotated[Uri | None, How()] = Field(None, description="URI of bulk-generated images to judge as well")
 
 
 class ServeConfig(Place):
     """Serve a model over HTTP until stopped."""
 
-    model: Annotated[str, How()] = Field(
-        "", description="URI of the published model; default: the newest of --name in --store"
+    model: Annotated[Uri | None, How()] = Field(
+        None, description="URI of the published model; default: the newest of --name in --store"
     )
     host: Annotated[str, How()] = Field("127.0.0.1", description="address to listen on")
     port: Annotated[int, How()] = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
@@ -225,6 +241,11 @@ def narrow(settings: Settings, kind: type[SettingsT], **more: Any) -> SettingsT:
 def ray_address() -> str | None:
     """Address of the Ray cluster that this process was started in (a Ray job's), or None."""
     return os.environ.get("RAY_ADDRESS")
+
+
+def choose_ray_authentication() -> None:
+    """Say that Ray's token is asked for unless the environment says otherwise. Ray reads this once, when imported."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def parse(kind: type[SettingsT], program: str, arguments: Sequence[str]) -> SettingsT:

@@ -38,6 +38,7 @@ def run_stage(name: str, config: Settings, cluster: str | None = None) -> Outcom
 
     Raises PipelineError where the stage fails.
     """
+    settings.choose_ray_authentication()
     module = importlib.import_module(STAGES[name].module)
     found: Outcome | None = module.find(config)
     if found is not None:
@@ -54,14 +55,13 @@ def run_stage(name: str, config: Settings, cluster: str | None = None) -> Outcom
 
 def connect() -> None:
     """Connect to the Ray cluster this process belongs to, or start a small one of our own; once per process."""
+    settings.choose_ray_authentication()
     import ray
     import ray.data
     import ray.serve
 
     if ray.is_initialized():
         return
-    # Said aloud, so that Ray does not warn that it chose: whoever is on this machine needs the token.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
     for name in ("ray.data", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     own = {"address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}

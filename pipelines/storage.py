@@ -8,14 +8,13 @@ import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
 import botocore.exceptions
 import fsspec
 from fsspec import AbstractFileSystem
 
-from pipelines.config import PipelineError
+from pipelines.config import PipelineError, absolute
 
 MANIFEST = "manifest.json"
 # What S3 answers to a create-if-absent write: there is an object, or another writer is at it.
@@ -37,12 +36,11 @@ class ObjectInfo:
 
 
 def normalise(uri: str) -> str:
-    """The URI that names the same thing from any folder: s3://bucket/key, or an absolute path. No slash at the end."""
-    if uri.startswith("s3://"):
-        return uri.rstrip("/")
-    if "://" in uri and not uri.startswith("file://"):
-        raise StorageError(f"{uri}: unknown kind of address; give a path or s3://bucket/key")
-    return str(Path(uri.removeprefix("file://")).expanduser().resolve())
+    """As `config.absolute`, with StorageError on an address of an unknown kind."""
+    try:
+        return absolute(uri)
+    except ValueError as error:
+        raise StorageError(str(error)) from error
 
 
 def join(uri: str, *parts: str) -> str:
