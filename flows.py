@@ -3,11 +3,12 @@
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from prefect import flow, task
 from prefect.exceptions import FailedRun
-from prefect.states import Failed, State
+from prefect.client.schemas.objects import State
+from prefect.states import Failed
 
 from pipelines.config import (
     DemoConfig,
@@ -26,6 +27,7 @@ from pipelines.config import (
 )
 
 Result = str | State[Any]
+Made = TypeVar("Made")
 
 
 @flow(flow_run_name="{config.name}", validate_parameters=True)
@@ -54,9 +56,13 @@ def run_pipeline(config: PipelineConfig, clock: "Clock") -> str:
     dataset = clock.time("ingest", narrow(config, IngestConfig), config.cluster)
     model = clock.time("train", narrow(config.train, TrainConfig, dataset=dataset, **place), config.cluster)
     # A cluster's service is deployed and not started by a flow, so there the stages load the model themselves.
-    url = None if config.cluster else value_of(serve(narrow(config, ServeConfig, model=model, port=0), return_state=True))
+    url = (
+        None if config.cluster else value_of(serve(narrow(config, ServeConfig, model=model, port=0), return_state=True))
+    )
     via = {"via": "serve"} if url else {}
-    images = clock.time("generate", narrow(config.generate, GenerateConfig, model=model, **place, **via), config.cluster)
+    images = clock.time(
+        "generate", narrow(config.generate, GenerateConfig, model=model, **place, **via), config.cluster
+    )
     inputs = {"dataset": dataset, "model": model, "images": images, "url": url}
     evaluation = clock.time("evaluate", narrow(config.evaluate, EvaluateConfig, **inputs, **place), config.cluster)
     uris = {"ingest": dataset, "train": model, "generate": images, "evaluate": evaluation}
@@ -105,7 +111,7 @@ class Clock:
         return outcome.uri
 
 
-def told(run: Callable[[], Any]) -> Any:
+def told(run: Callable[[], Made]) -> Made | State[Any]:
     """What `run` returns; an error that a user can mend becomes a failed state with its one line, without a trace."""
     try:
         return run()

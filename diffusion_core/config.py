@@ -79,8 +79,8 @@ class ModelConfig:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "ModelConfig":
         """Inverse of `to_dict`. Raises TypeError on an unknown or missing key, ValueError on a bad value."""
-        unet = {k: tuple(v) if isinstance(v, list) else v for k, v in values["unet"].items()}
-        rest = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "unet"}
+        unet: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["unet"].items()}
+        rest: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "unet"}
         return ModelConfig(unet=UNetConfig(**unet), **rest)
 
 

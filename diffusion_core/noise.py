@@ -59,7 +59,8 @@ def _random_words(seeds: Tensor, purpose: Purpose, step: int | Tensor, count: in
         torch.full_like(steps[:, None], PURPOSES[purpose]),
     )
     key = (seeds[:, None] & _MASK, (seeds[:, None] >> 32) & _MASK)
-    return torch.stack(torch.broadcast_tensors(*_philox(counter, key)), dim=-1).flatten(1)
+    shape = (len(seeds), len(blocks))
+    return torch.stack([word.expand(shape) for word in _philox(counter, key)], dim=-1).flatten(1)
 
 
 def _philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -34,8 +34,8 @@ def log_normal_sigma(uniform: Tensor, mean: float = -1.2, std: float = 1.2) -> T
 
 def _karras(fractions: Tensor, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
     """Karras et al. 2022, eq. 5."""
-    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return (high + fractions * (low - high)) ** rho
+    high, low = math.pow(sigma_max, 1 / rho), math.pow(sigma_min, 1 / rho)
+    return torch.pow(high + fractions * (low - high), rho)
 
 
 def _log_snr(fractions: Tensor, sigma_min: float, sigma_max: float) -> Tensor:

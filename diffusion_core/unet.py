@@ -99,7 +99,8 @@ class Block(nn.Module):
         scale, shift = self.condition(embedding)[:, :, None, None].chunk(2, dim=1)
         h = F.silu(torch.addcmul(shift, self.norm_out(h), scale + 1))
         h = self.shortcut(x) + self.conv_out(self.dropout(h))
-        return h if self.attention is None else self.attention(h)
+        out: Tensor = h if self.attention is None else self.attention(h)
+        return out
 
 
 class Attention(nn.Module):
@@ -118,7 +119,8 @@ class Attention(nn.Module):
         tokens = self.norm(x).flatten(2).transpose(1, 2)
         q, k, v = self.qkv(tokens).view(batch, high * wide, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, high * wide, width)
-        return x + self.out(mixed).transpose(1, 2).reshape(batch, width, high, wide)
+        out: Tensor = x + self.out(mixed).transpose(1, 2).reshape(batch, width, high, wide)
+        return out
 
 
 class Downsample(nn.Module):

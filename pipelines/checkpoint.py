@@ -15,7 +15,7 @@ _KEPT = 2
 
 
 def save(run: str, state: TrainState, weights: torch.nn.Module, curve: list[list[float]]) -> str:
-    """Write the state after `state.step` steps below the run's URI; keeps the last two. Returns the checkpoint's URI."""
+    """Write the state after `state.step` steps below the run's URI; keeps the last two. Returns its URI."""
     folder = _folder(run, state.step)
     part = storage.put_part(folder, "state", ".safetensors", safetensors.torch.save(_tensors(state, weights)))
     storage.publish(folder, {"kind": "checkpoint", "schema": 1, "step": state.step, "parts": [part], "curve": curve})

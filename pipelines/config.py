@@ -261,7 +261,14 @@ def parse(kind: type[SettingsT], program: str, arguments: Sequence[str]) -> Sett
         )  # fmt: skip
 
         @classmethod
-        def settings_customise_sources(cls, *_: Any, init_settings: Any, **__: Any) -> tuple[Any, ...]:
+        def settings_customise_sources(
+            cls,
+            settings_cls: Any,
+            init_settings: Any,
+            env_settings: Any,
+            dotenv_settings: Any,
+            file_secret_settings: Any,
+        ) -> tuple[Any, ...]:
             return (init_settings,)
 
     Flags.__doc__ = kind.__doc__

@@ -168,7 +168,7 @@ class SampleStream:
         return np.concatenate([self._stretch(epoch, s)[k * share : (k + 1) * share] for s in own])
 
     def batches(self, first: int) -> Iterator[Rows]:
-        """This rank's share of global batch `first`, first + 1, …, without end and without reading what was before."""
+        """The rank's share of global batch `first`, first + 1, …, without end and without reading what was before."""
         reader = _RowReader(self.dataset, self.split)
         batch = first
         while True:

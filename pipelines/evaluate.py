@@ -84,11 +84,11 @@ def _ask(client: httpx.Client, request: ImageRequest) -> Pixels:
     if request.task == "generate":
         answer = client.post("/v1/images/generations", json=fields)
     elif request.task == "inpaint":
-        files = {"image": ("image.png", request.image), "mask": ("mask.png", request.mask)}
+        files = {"image": request.image or b"", "mask": request.mask or b""}
         answer = client.post("/v1/images/edits", data=fields, files=files)
     else:
         fields["noise_level"] = request.noise_level
-        answer = client.post("/v1/images/denoise", data=fields, files={"image": ("image.png", request.image)})
+        answer = client.post("/v1/images/denoise", data=fields, files={"image": request.image or b""})
     if answer.status_code != httpx.codes.OK:
         raise PipelineError(f"{client.base_url}: {answer.status_code} {answer.text[:300]}")
     return from_png(base64.b64decode(answer.json()["data"][0]["b64_json"]))
@@ -135,35 +135,45 @@ def _edits(config: EvaluateConfig, dataset: Dataset, paint: Painter) -> tuple[di
     """Held-out pictures inpainted and denoised: grids of before, after, original, and the errors."""
     split = "heldout" if dataset.rows("heldout") else "train"
     rows = dataset.read(split, config.edits)
-    original, options = rows.pixels, narrow(config, SampleOptions).model_dump()
-    prompts = [dataset.class_names[label] if label >= 0 else "" for label in rows.labels]
-    seeds = [picture_seed(config.seed, config.samples + index) for index in range(len(original))]
-    box = _box(dataset.resolution)
+    original, box = rows.pixels, _box(dataset.resolution)
+    noisy = _noisy(original, config)
+    common = _edit_requests(config, dataset, rows)
+    mask = _mask_png(box)
     inpainted = np.stack(
         paint(
             [
-                ImageRequest(
-                    task="inpaint", prompt=prompt, seed=seed, image=to_png(picture), mask=_mask_png(box), **options
-                )
-                for prompt, seed, picture in zip(prompts, seeds, original, strict=True)
+                request.model_copy(update={"task": "inpaint", "image": to_png(picture), "mask": mask})
+                for request, picture in zip(common, original, strict=True)
             ]
         )
     )
-    noisy = _noisy(original, config)
+    known = {"task": "denoise", "noise_level": config.noise_level, "steps": 1}
     denoised = np.stack(
         paint(
             [
-                ImageRequest(task="denoise", prompt=prompt, seed=seed, image=to_png(picture), noise_level=config.noise_level,
-                             **{**options, "steps": 1})
-                for prompt, seed, picture in zip(prompts, seeds, noisy, strict=True)
+                request.model_copy(update={**known, "image": to_png(picture)})
+                for request, picture in zip(common, noisy, strict=True)
             ]
         )
-    )  # fmt: skip
+    )
     masked = np.where(box[:, :, None], np.uint8(128), original)
     return (
         {"inpainting": _rows_grid(masked, inpainted, original), "denoising": _rows_grid(noisy, denoised, original)},
         _edit_figures(config, original, box, inpainted, noisy, denoised),
     )
+
+
+def _edit_requests(config: EvaluateConfig, dataset: Dataset, rows: Rows) -> list[ImageRequest]:
+    """A request for each held-out picture, to which the task and the picture are still to be added."""
+    options = narrow(config, SampleOptions).model_dump()
+    return [
+        ImageRequest(
+            prompt=dataset.class_names[label] if label >= 0 else "",
+            seed=picture_seed(config.seed, config.samples + index),
+            **options,
+        )
+        for index, label in enumerate(rows.labels)
+    ]
 
 
 def _edit_figures(

@@ -56,7 +56,7 @@ def train_classifier(rows: Rows, classes: int, steps: int, seed: int) -> Classif
 def predict(classifier: Classifier, pixels: Pixels) -> NDArray[np.int64]:
     """The most likely label of each picture, [N]."""
     x = torch.from_numpy(to_floats(pixels))
-    return np.concatenate([classifier(part).argmax(dim=1).numpy() for part in x.split(256)])
+    return np.concatenate([classifier(part).argmax(dim=1).numpy() for part in torch.split(x, 256)])
 
 
 def share_with_interval(right: int, count: int) -> dict[str, float]:

@@ -275,13 +275,23 @@ def _publish(
     mean, sigma = tally.mean_and_sigma()
     counts = {name: tally.counts[name] for name in ("found", "kept", "rejected", "duplicates")}
     manifest = {
-        "kind": "dataset", "schema": 1, "name": config.name, "code": __version__, "settings": what(config),
-        "resolution": config.resolution, "mean": mean, "sigma_data": sigma, "encoding": "png",
-        "classes": dict(sorted(tally.classes.items())), "counts": counts, "reasons": dict(sorted(tally.reasons.items())),
-        "shards": shards, "inputs": {"source": config.source, "objects": len(sources), "bytes": sum(info.size for _, info in sources)},
+        "kind": "dataset",
+        "schema": 1,
+        "name": config.name,
+        "code": __version__,
+        "settings": what(config),
+        "resolution": config.resolution,
+        "mean": mean,
+        "sigma_data": sigma,
+        "encoding": "png",
+        "classes": dict(sorted(tally.classes.items())),
+        "counts": counts,
+        "reasons": dict(sorted(tally.reasons.items())),
+        "shards": shards,
+        "inputs": {"source": config.source, "objects": len(sources), "bytes": sum(info.size for _, info in sources)},
         "rejected": _lines(uri, "rejected/rejected", tally.rejected),
         "duplicates": _lines(uri, "rejected/duplicates", tally.duplicates),
-    }  # fmt: skip
+    }
     if not storage.publish(uri, manifest):
         raise PipelineError(f"{uri}: another run published other content under this name; run again to use it")
     print(summary(manifest), flush=True)

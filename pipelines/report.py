@@ -6,6 +6,7 @@ from importlib import resources
 from typing import Any
 
 import jinja2
+import markupsafe
 import numpy as np
 
 from pipelines import storage
@@ -72,7 +73,7 @@ def write_report(store: str, report: dict[str, Any]) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"duration": duration, "percent": lambda share: f"{100 * share:.1f} %"}
     page = environment.from_string(text).render(
-        **report, pictures=pictures, curve=jinja2.utils.markupsafe.Markup(loss_curve(report["training"]["curve"]))
+        **report, pictures=pictures, curve=markupsafe.Markup(loss_curve(report["training"]["curve"]))
     )
     storage.write_bytes(storage.join(store, "report.json"), storage.to_json(report))
     storage.write_bytes(storage.join(store, "report.html"), page.encode())

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import fastapi
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from diffusion_core.config import GridName, ModelConfig, SamplerName
@@ -78,7 +78,9 @@ class Model:
             raise PipelineError(f"model: this service runs {self.worker.model.uri}, not {model}; serve that one")
         return list(await asyncio.gather(*(self._paint_one(request) for request in requests)))
 
-    @serve.batch(max_batch_size=LANES, batch_wait_timeout_s=_WAIT_S)
+    @serve.batch(  # type: ignore[untyped-decorator]
+        max_batch_size=LANES, batch_wait_timeout_s=_WAIT_S
+    )
     async def _paint_one(self, requests: list[ImageRequest]) -> list[Any]:
         """One batch at a time, off the event loop, so that the replica keeps answering."""
         return await asyncio.get_running_loop().run_in_executor(None, self.worker.paint, requests)
@@ -221,7 +223,7 @@ def _gpus() -> bool:
     """Whether the cluster has GPUs."""
     import ray
 
-    return ray.cluster_resources().get("GPU", 0) >= 1
+    return bool(ray.cluster_resources().get("GPU", 0) >= 1)
 
 
 def _free_port(host: str) -> int:

@@ -116,7 +116,7 @@ def is_published(folder: str) -> bool:
 
 
 def read_manifest(folder: str, kind: str) -> dict[str, Any]:
-    """The manifest of the `kind` (dataset, model, …) at `folder`. Raises StorageError where there is none of that kind."""
+    """The manifest at `folder` of a `kind` (dataset, model, …). Raises StorageError where there is none of that kind."""
     uri = join(folder, MANIFEST)
     if not exists(uri):
         raise StorageError(f"{folder}: no {kind} here ({MANIFEST} is missing); check the URI, or run its stage again")
@@ -132,7 +132,7 @@ def digest(data: bytes) -> str:
 
 
 def put_part(folder: str, stem: str, suffix: str, data: bytes) -> dict[str, Any]:
-    """Write `data` into `folder` under a name that carries its digest; returns name, bytes and sha256 for the manifest."""
+    """Write `data` into `folder` under a name that carries its digest; returns its entry for the manifest."""
     checksum = digest(data)
     name = f"{stem}-{checksum[:12]}{suffix}"
     write_bytes(join(folder, name), data)

@@ -37,15 +37,24 @@ def section(name: str, values: dict[str, object]) -> str:
 
 def common(root: Path, server: str, port: int) -> str:
     values = {
-        "bind_ip": "127.0.0.1", "bind_port": port, "swift_dir": root / "etc", "user": getpass.getuser(),
-        "log_level": "WARNING", "log_name": server, "backlog": 4096, "workers": 1 if server in ("proxy", "object") else 0,
-    }  # fmt: skip
+        "bind_ip": "127.0.0.1",
+        "bind_port": port,
+        "swift_dir": root / "etc",
+        "user": getpass.getuser(),
+        "log_level": "WARNING",
+        "log_name": server,
+        "backlog": 4096,
+        "workers": 1 if server in ("proxy", "object") else 0,
+    }
     if server == "proxy":
         values |= {"client_timeout": 120}
     else:
         values |= {
-            "devices": root / "srv", "mount_check": "false", "disable_fallocate": "true", "fallocate_reserve": 0,
-        }  # fmt: skip
+            "devices": root / "srv",
+            "mount_check": "false",
+            "disable_fallocate": "true",
+            "fallocate_reserve": 0,
+        }
     return section("DEFAULT", values)
 
 
@@ -106,9 +115,13 @@ def start(root: Path, server: str) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent)}
     with (root / f"log/{server}.log").open("ab") as log:
         return subprocess.Popen(
-            [binary, root / f"etc/{server}-server.conf", "--verbose"], stdout=log, stderr=log, cwd=root, env=environment,
+            [binary, root / f"etc/{server}-server.conf", "--verbose"],
+            stdout=log,
+            stderr=log,
+            cwd=root,
+            env=environment,
             start_new_session=True,
-        )  # fmt: skip
+        )
 
 
 def is_ready(ports: dict[str, int]) -> bool:

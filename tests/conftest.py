@@ -1,0 +1,123 @@
+import os
+import signal
+import socket
+import subprocess
+import uuid
+from pathlib import Path
+
+import pytest
+
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+os.environ["DO_NOT_TRACK"] = "1"
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+SWIFT = ROOT / ".venv-s3/bin/python"
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    """One Ray for all tests that need it."""
+    from pipelines import jobs
+
+    jobs.connect()
+    yield
+    jobs.disconnect()
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint(tmp_path_factory):
+    """A real S3 endpoint on loopback; its environment is set for this process and what it starts."""
+    if not SWIFT.exists():
+        pytest.skip("no S3 endpoint: run `make setup`, which installs it into .venv-s3")
+    port = four_free_ports()
+    script = ROOT / "tests/support/swift_s3.py"
+    command = [str(SWIFT), str(script), str(tmp_path_factory.mktemp("swift")), str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("ready"), "the S3 endpoint did not start"
+        environment = {
+            "AWS_ACCESS_KEY_ID": "test:tester",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            yield environment
+        process.send_signal(signal.SIGTERM)
+
+
+@pytest.fixture
+def bucket(s3_endpoint):
+    """A new bucket's URI."""
+    import s3fs
+
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    s3fs.S3FileSystem().mkdir(name)
+    return f"s3://{name}"
+
+
+@pytest.fixture(params=["disk", "s3"])
+def store(request, tmp_path):
+    """A store's URI, on disk and in a real S3 bucket."""
+    return str(tmp_path / "store") if request.param == "disk" else request.getfixturevalue("bucket") + "/store"
+
+
+@pytest.fixture(scope="session")
+def cartoon_shards(tmp_path_factory):
+    """Folder with two tar shards of 8x8 cartoons, 96 pictures in all."""
+    from pipelines.cartoons import tar_shard
+
+    folder = tmp_path_factory.mktemp("cartoons")
+    for number in range(2):
+        (folder / f"cartoons-{number}.tar").write_bytes(tar_shard(0, number * 48, 48, 8))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory, cartoon_shards, ray_session):
+    """URI of a dataset of 8x8 cartoons."""
+    from pipelines import ingest
+    from pipelines.config import IngestConfig
+
+    store = str(tmp_path_factory.mktemp("store"))
+    return ingest.run(
+        IngestConfig(store=store, name="tiny", source=[str(cartoon_shards)], resolution=8, heldout=0.2)
+    ).uri
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tiny_dataset):
+    """URI of a model of 8x8 cartoons after three steps."""
+    import torch
+
+    from pipelines.config import TrainConfig
+    from pipelines.train import find, train_on_rank
+
+    config = TrainConfig(store=str(tmp_path_factory.mktemp("models")), dataset=tiny_dataset, **TINY)
+    train_on_rank(config, 0, 1, torch.device("cpu"), emit=lambda _: None)
+    found = find(config)
+    assert found is not None
+    return found.uri
+
+
+TINY = {"name": "tiny", "preset": "tiny", "steps": 3, "global_batch_size": 8, "warmup": 1}
+
+
+def four_free_ports():
+    """First of four neighbouring ports that nothing listens on."""
+    for _ in range(100):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            first = probe.getsockname()[1]
+        if first < 65000 and all(_is_free(first + number) for number in range(4)):
+            return first
+    raise RuntimeError("no four neighbouring free ports in 100 tries")
+
+
+def _is_free(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0

@@ -1,0 +1,69 @@
+import pytest
+
+from pipelines import config
+from pipelines.config import DemoConfig, GenerateConfig, IngestConfig, PipelineError, TrainConfig
+
+
+def parse(kind, *flags):
+    return config.parse(kind, "program", flags)
+
+
+def test_flags_become_settings_with_absolute_addresses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parsed = parse(IngestConfig, "--source", "pictures", "--source", "s3://bucket/more/", "--resolution", "64")
+    assert parsed.source == [str(tmp_path / "pictures"), "s3://bucket/more"]
+    assert (parsed.resolution, parsed.store) == (64, str(tmp_path / "runs/demo"))
+
+
+def test_nested_settings_have_dotted_flags():
+    parsed = parse(DemoConfig, "--train.steps", "7", "--generate.guidance-scale", "1.5")
+    assert (parsed.train.steps, parsed.generate.guidance_scale) == (7, 1.5)
+    assert parsed.train.preset == TrainConfig.model_fields["preset"].default
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--source", "x", "--resolutoin", "32"], "--resolutoin"),
+        (["--source", "x", "--resolution", "4"], "--resolution '4': .*greater than or equal to 8"),
+        (["--source", "x", "--resolution", "big"], "--resolution 'big': .*integer"),
+        ([], "--source"),
+        (["--source", "ftp://x/y"], "unknown kind of address"),
+    ],
+)
+def test_a_bad_flag_is_one_line_that_names_it(flags, told):
+    with pytest.raises(PipelineError, match=told) as raised:
+        parse(IngestConfig, *flags)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_environment_takes_no_part(monkeypatch):
+    monkeypatch.setenv("RESOLUTION", "99")
+    monkeypatch.setenv("STORE", "elsewhere")
+    assert parse(IngestConfig, "--source", "x") == IngestConfig(source=["x"])
+
+
+def test_unknown_keys_are_errors():
+    with pytest.raises(ValueError, match="resolutoin"):
+        IngestConfig(source=["x"], resolutoin=32)
+
+
+def test_flags_of_settings_give_the_same_settings():
+    for settings in (
+        IngestConfig(source=["/a", "s3://b/c"], heldout=0.25),
+        TrainConfig(dataset="/d", flip=True, workers=2),
+        GenerateConfig(model="/m", via="serve"),
+    ):
+        assert parse(type(settings), *config.to_flags(settings)) == settings
+
+
+def test_identity_follows_what_is_made_and_not_how():
+    base = TrainConfig(dataset="/d")
+    digest = config.identity("train", 1, config.what(base), "input")
+    how = base.model_copy(update={"workers": 2, "store": "/elsewhere", "checkpoint_every": 7})
+    assert config.identity("train", 1, config.what(how), "input") == digest
+    others = [base.model_copy(update={"steps": 7}), base.model_copy(update={"seed": 7})]
+    digests = {config.identity("train", 1, config.what(other), "input") for other in others}
+    digests |= {config.identity("train", 2, config.what(base), "input"), digest}
+    digests |= {config.identity("train", 1, config.what(base), "other input")}
+    assert len(digests) == 5
