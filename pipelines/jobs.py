@@ -49,8 +49,23 @@ def run_stage(name: str, config: Settings, cluster: str | None = None) -> Outcom
         return _made(name, module.find(config), cluster)
     if STAGES[name].needs_ray:
         connect()
-    made: Outcome = module.run(config)
+    try:
+        made: Outcome = module.run(config)
+    except Exception as error:
+        mendable = _mendable(error)
+        if mendable is None or mendable is error:
+            raise
+        raise mendable from error
     return made
+
+
+def _mendable(error: BaseException | None) -> PipelineError | None:
+    """The error of a worker's own that Ray wrapped, if there is one inside; Ray's wrapping holds the whole trace."""
+    if error is None:
+        return None
+    inner = [getattr(error, "cause", None), *getattr(error, "worker_failures", {}).values(), error.__cause__]
+    found = next((own for own in map(_mendable, inner) if own is not None), None)
+    return found or (error if isinstance(error, PipelineError) else None)
 
 
 def connect() -> None:

@@ -17,8 +17,8 @@ SWIFT = ROOT / ".venv-s3/bin/python"
 
 
 @pytest.fixture(scope="session")
-def ray_session():
-    """One Ray for all tests that need it."""
+def ray_session(s3_environment):
+    """One Ray for all tests that need it, whose workers know the S3 endpoint where there is one."""
     from pipelines import jobs
 
     jobs.connect()
@@ -27,27 +27,34 @@ def ray_session():
 
 
 @pytest.fixture(scope="session")
-def s3_endpoint(tmp_path_factory):
-    """A real S3 endpoint on loopback; its environment is set for this process and what it starts."""
+def s3_environment(tmp_path_factory):
+    """A real S3 endpoint on loopback, its environment set for this process and all that it starts; None without Swift."""
     if not SWIFT.exists():
-        pytest.skip("no S3 endpoint: run `make setup`, which installs it into .venv-s3")
+        yield None
+        return
     port = four_free_ports()
-    script = ROOT / "tests/support/swift_s3.py"
-    command = [str(SWIFT), str(script), str(tmp_path_factory.mktemp("swift")), str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    command = [str(SWIFT), str(ROOT / "tests/support/swift_s3.py"), str(tmp_path_factory.mktemp("swift")), str(port)]
+    environment = {
+        "AWS_ACCESS_KEY_ID": "test:tester",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, pytest.MonkeyPatch.context() as patch:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("ready"), "the S3 endpoint did not start"
-        environment = {
-            "AWS_ACCESS_KEY_ID": "test:tester",
-            "AWS_SECRET_ACCESS_KEY": "testing",
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            yield environment
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield environment
         process.send_signal(signal.SIGTERM)
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint(s3_environment):
+    """The environment of a real S3 endpoint."""
+    if s3_environment is None:
+        pytest.skip("no S3 endpoint: run `make setup`, which installs it into .venv-s3")
+    return s3_environment
 
 
 @pytest.fixture

@@ -1,0 +1,69 @@
+import io
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import bulk, storage
+from pipelines.config import GenerateConfig, PipelineError
+from pipelines.images import from_png
+from pipelines.requests import ImageRequest
+from pipelines.worker import load_worker
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def config(store, model, **settings):
+    chosen = {"count": 22, "shard_size": 8, "steps": 3, "name": "tiny", **settings}
+    return GenerateConfig(store=str(store), model=model, **chosen)
+
+
+def contents(uri):
+    return {info.uri.removeprefix(uri): storage.read_bytes(info.uri) for info in storage.list_objects(uri)}
+
+
+def rows(uri):
+    parts = storage.read_manifest(uri, "images")["parts"]
+    return [row for part in parts for row in pq.read_table(io.BytesIO(storage.read_part(uri, part))).to_pylist()]
+
+
+def test_every_row_is_there_once_and_is_the_picture_that_was_asked_for(store, tiny_model):
+    uri = bulk.run(config(store, tiny_model)).uri
+    table = rows(uri)
+    assert [row["row"] for row in table] == list(range(22))
+    assert len({row["seed"] for row in table}) == 22
+    worker = load_worker(tiny_model)
+    for row in (table[0], table[13], table[21]):
+        asked = {name: row[name] for name in ("prompt", "seed", "steps", "sampler", "grid", "guidance_scale")}
+        assert (from_png(row["image"]["bytes"]) == worker.paint([ImageRequest(**asked)])[0]).all()
+
+
+def test_a_run_that_was_cut_off_ends_with_the_same_files_and_redoes_only_what_was_missing(tmp_path, tiny_model):
+    quiet = bulk.run(config(tmp_path / "quiet", tiny_model)).uri
+    again = config(tmp_path / "again", tiny_model)
+    uri = bulk.run(again).uri
+    written = {info.uri: info.version for info in storage.list_objects(uri)}
+    parts = sorted(name for name in written if "/part-" in name)
+    (tmp_path / uri / "manifest.json").unlink()
+    (tmp_path / parts[1]).unlink()
+    storage.write_bytes(parts[2], b"half of a shard")
+    assert bulk.find(again) is None
+    assert bulk.run(again).uri == uri
+    assert contents(uri) == {name: data.replace(b"/again/", b"/quiet/") for name, data in contents(quiet).items()}
+    kept = {info.uri: info.version for info in storage.list_objects(uri)}
+    assert kept[parts[0]] == written[parts[0]]
+
+
+def test_the_same_job_is_found_and_another_model_or_table_is_another_job(tmp_path, tiny_model):
+    base = config(tmp_path, tiny_model)
+    uri = bulk.run(base).uri
+    found = bulk.find(base.model_copy(update={"workers": 2, "via": "serve"}))
+    assert found is not None
+    assert found.uri == uri
+    for change in ({"seed": 9}, {"classes": "cat"}, {"steps": 4}, {"count": 23}):
+        assert bulk.find(base.model_copy(update=change)) is None
+
+
+def test_an_unknown_class_is_refused_before_anything_is_made(tmp_path, tiny_model):
+    with pytest.raises(PipelineError, match="classes: no class 'dog'; there are bear"):
+        bulk.run(config(tmp_path, tiny_model, classes="cat, dog"))
+    assert storage.list_if_any(str(tmp_path)) == []

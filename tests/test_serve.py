@@ -1,0 +1,163 @@
+import base64
+import io
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from pipelines import bulk, storage
+from pipelines.config import GenerateConfig, PipelineError, ServeConfig
+from pipelines.images import from_png, to_png
+from pipelines.requests import ImageRequest
+from pipelines.worker import load_worker, picture_seed
+from test_worker import BOX, mask, picture
+
+
+@pytest.fixture(scope="module")
+def url(ray_session, tiny_model):
+    from pipelines import serve
+
+    yield serve.start(ServeConfig(model=tiny_model, name="tiny", port=0))
+    serve.stop()
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    with httpx.Client(base_url=url, timeout=60) as session:
+        yield session
+
+
+def pictures(answer):
+    assert answer.status_code == 200, answer.text
+    return [from_png(base64.b64decode(item["b64_json"])) for item in answer.json()["data"]]
+
+
+def test_pictures_are_those_of_the_model_and_the_request_alone(client, tiny_model):
+    body = {"prompt": "cat", "n": 3, "seed": 5, "steps": 4}
+    with ThreadPoolExecutor(8) as pool:
+        others = [{"prompt": "frog", "n": 2, "seed": seed, "steps": 3 + seed % 3} for seed in range(8)]
+        crowd = [pool.submit(client.post, "/v1/images/generations", json=other) for other in others]
+        served = pictures(client.post("/v1/images/generations", json=body))
+        assert all(future.result().status_code == 200 for future in crowd)
+    requests = [ImageRequest(prompt="cat", seed=picture_seed(5, index), steps=4) for index in range(3)]
+    for ours, theirs in zip(load_worker(tiny_model).paint(requests), served, strict=True):
+        assert np.array_equal(ours, theirs)
+
+
+def test_a_seed_that_was_drawn_is_told_and_makes_the_picture_again(client):
+    first = client.post("/v1/images/generations", json={"steps": 3})
+    second = client.post("/v1/images/generations", json={"steps": 3, "seed": first.json()["seed"]})
+    assert np.array_equal(pictures(first)[0], pictures(second)[0])
+    other = client.post("/v1/images/generations", json={"steps": 3})
+    assert other.json()["seed"] != first.json()["seed"]
+
+
+def test_an_edit_keeps_every_byte_outside_the_mask(client):
+    original = picture(5)
+    files = {"image": to_png(original), "mask": mask(BOX)}
+    painted = pictures(client.post("/v1/images/edits", data={"prompt": "cat", "steps": 3, "n": 2}, files=files))
+    assert len(painted) == 2
+    for result in painted:
+        assert np.array_equal(result[~BOX], original[~BOX])
+    assert not np.array_equal(painted[0][BOX], painted[1][BOX])
+
+
+def test_denoising_answers_with_the_mean_unless_more_steps_are_asked_for(client, tiny_model):
+    noisy = to_png(picture(6))
+    form = {"noise_level": 0.3, "seed": 3}
+    served = pictures(client.post("/v1/images/denoise", data=form, files={"image": noisy}))[0]
+    asked = ImageRequest(task="denoise", seed=picture_seed(3, 0), image=noisy, noise_level=0.3, steps=1)
+    assert np.array_equal(served, load_worker(tiny_model).paint([asked])[0])
+
+
+def test_the_unmodified_openai_client_works(url):
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    made = client.images.generate(model="tiny", prompt="cat", n=2, size="auto", extra_body={"steps": 3, "seed": 1})
+    assert [from_png(base64.b64decode(item.b64_json)).shape for item in made.data] == [(8, 8, 3)] * 2
+    image, hole = io.BytesIO(to_png(picture())), io.BytesIO(mask(BOX))
+    image.name, hole.name = "image.png", "mask.png"
+    edited = client.images.edit(model="tiny", image=image, mask=hole, prompt="cat", extra_body={"steps": 3})
+    assert np.array_equal(from_png(base64.b64decode(edited.data[0].b64_json))[~BOX], picture()[~BOX])
+    with pytest.raises(openai.BadRequestError, match="no class 'dog'"):
+        client.images.generate(model="tiny", prompt="dog")
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"prompt": "dog"}, "prompt"),
+        ({"n": 0}, "n"),
+        ({"n": 65}, "n"),
+        ({"size": "64x64"}, "size"),
+        ({"model": "other"}, "model"),
+        ({"sampler": "magic"}, "sampler"),
+        ({"stepz": 3}, "stepz"),
+        ({"seed": -1}, "seed"),
+        ({"response_format": "url"}, "response_format"),
+    ],
+)
+def test_a_bad_request_names_its_field(client, body, field):
+    answer = client.post("/v1/images/generations", json=body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == field
+    assert field in error["message"]
+
+
+def test_a_bad_file_names_its_field(client):
+    whole = to_png(picture())
+    for files, field in (
+        ({"image": b"broken"}, "image"),
+        ({"image": whole}, "image"),
+        ({"image": whole, "mask": b"broken"}, "mask"),
+        ({"mask": mask(BOX)}, "image"),
+    ):
+        answer = client.post("/v1/images/edits", data={"steps": 3}, files=files)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+    answer = client.post("/v1/images/denoise", data={"steps": 3}, files={"image": whole})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "noise_level")
+
+
+def test_an_answer_tells_what_made_it(client, tiny_model):
+    answer = client.post("/v1/images/generations", json={"prompt": "cat", "seed": 4, "steps": 3}).json()
+    told = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))).text
+    assert told["seed"] == str(answer["data"][0]["seed"]) == str(picture_seed(4, 0))
+    assert told["model"] == answer["model"] == client.get("/v1/models").json()["data"][0]["digest"]
+
+
+def test_bulk_through_the_service_has_the_same_bytes_as_through_actors(url, tmp_path, tiny_model):
+    shards = []
+    for via in ("serve", "actors"):
+        job = GenerateConfig(store=str(tmp_path / via), model=tiny_model, name="t", count=20, shard_size=8, steps=3, via=via)
+        uri = bulk.run(job).uri
+        shards.append([storage.read_part(uri, part) for part in storage.read_manifest(uri, "images")["parts"]])
+    assert shards[0] == shards[1]
+
+
+def test_bulk_refuses_a_service_that_runs_another_model(url, tmp_path, tiny_model):
+    import shutil
+
+    other = str(tmp_path / "model")
+    shutil.copytree(tiny_model, other)
+    job = GenerateConfig(store=str(tmp_path), model=other, name="t", count=4, steps=3, via="serve")
+    with pytest.raises(PipelineError, match="this service runs .* serve that one"):
+        bulk.run(job)
+
+
+def test_a_port_in_use_is_refused(url, tiny_model):
+    from pipelines import serve
+
+    port = int(url.rsplit(":", 1)[1])
+    with pytest.raises(PipelineError, match=f"127.0.0.1:{port} cannot be used"):
+        serve.start(ServeConfig(model=tiny_model, port=port))
+
+
+def test_a_missing_model_is_refused(tmp_path):
+    from pipelines import serve
+
+    with pytest.raises(storage.StorageError, match="no published model here"):
+        serve.start(ServeConfig(store=str(tmp_path), name="none"))
