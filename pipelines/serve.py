@@ -89,6 +89,26 @@ class Model:
 api = fastapi.FastAPI(title="Image diffusion service", version="1")
 
 
+@api.exception_handler(RequestValidationError)
+async def refuse_invalid(_: fastapi.Request, error: RequestValidationError) -> fastapi.responses.JSONResponse:
+    """A request of the wrong form: the first field that is wrong, by name."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"] if part not in ("body", "query")) or "body"
+    return _refusal(field, f"{field}: {first['msg']}")
+
+
+@api.exception_handler(RequestError)
+async def refuse_request(_: fastapi.Request, error: RequestError) -> fastapi.responses.JSONResponse:
+    """A request that the model cannot answer."""
+    return _refusal(error.field, str(error))
+
+
+def _refusal(field: str, message: str) -> fastapi.responses.JSONResponse:
+    """An error as OpenAI's API words it."""
+    told = {"message": message, "type": "invalid_request_error", "param": field, "code": None}
+    return fastapi.responses.JSONResponse({"error": told}, status_code=400)
+
+
 @serve.ingress(api)
 class Images:
     """The HTTP side: checks requests, hands them to the model, answers as OpenAI's images API does."""
@@ -157,26 +177,6 @@ class Images:
             raise RequestError("model", f"no model {options.model!r}; there is {self.name}")
         if options.size not in ("auto", f"{resolution}x{resolution}"):
             raise RequestError("size", f"{options.size!r}; this model makes {resolution}x{resolution}")
-
-
-@api.exception_handler(RequestValidationError)
-async def refuse_invalid(_: fastapi.Request, error: RequestValidationError) -> fastapi.responses.JSONResponse:
-    """A request of the wrong form: the first field that is wrong, by name."""
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"] if part not in ("body", "query")) or "body"
-    return _refusal(field, f"{field}: {first['msg']}")
-
-
-@api.exception_handler(RequestError)
-async def refuse_request(_: fastapi.Request, error: RequestError) -> fastapi.responses.JSONResponse:
-    """A request that the model cannot answer."""
-    return _refusal(error.field, str(error))
-
-
-def _refusal(field: str, message: str) -> fastapi.responses.JSONResponse:
-    """An error as OpenAI's API words it."""
-    told = {"message": message, "type": "invalid_request_error", "param": field, "code": None}
-    return fastapi.responses.JSONResponse({"error": told}, status_code=400)
 
 
 def start(config: ServeConfig) -> str:
