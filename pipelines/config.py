@@ -132,7 +132,7 @@ class SampleOptions(Settings):
     sampler: SamplerName = Field("dpmpp_2m", description="sampler")
     steps: int = Field(18, ge=1, le=1000, description="denoiser calls for a picture")
     grid: GridName = Field("karras", description="spacing of the noise levels")
-    guidance_scale: float = Field(2.0, ge=0.0, le=20.0, description="classifier-free guidance; 1 is off")
+    guidance_scale: float = Field(1.5, ge=0.0, le=20.0, description="classifier-free guidance; 1 is off")
 
     def sampler_config(self) -> SamplerConfig:
         """The core's own settings."""

@@ -80,7 +80,7 @@ def write_report(store: str, report: dict[str, Any]) -> str:
     return storage.join(store, "report.html")
 
 
-def _smooth(values: np.ndarray[Any, np.dtype[np.float64]], keep: float = 0.9) -> list[float]:
+def _smooth(values: np.ndarray[Any, np.dtype[np.float64]], keep: float = 0.8) -> list[float]:
     """Exponential mean, without its bias towards the first value."""
     out, total, weight = list[float](), 0.0, 0.0
     for value in values:

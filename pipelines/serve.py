@@ -43,7 +43,7 @@ class ImageOptions(BaseModel):
     steps: int = Field(18, ge=1, le=1000, description="denoiser calls")
     sampler: SamplerName = Field("dpmpp_2m", description="sampler")
     grid: GridName = Field("karras", description="spacing of the noise levels")
-    guidance_scale: float = Field(2.0, ge=0.0, le=20.0, description="classifier-free guidance; 1 is off")
+    guidance_scale: float = Field(1.5, ge=0.0, le=20.0, description="classifier-free guidance; 1 is off")
 
 
 class EditForm(ImageOptions):

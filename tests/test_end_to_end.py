@@ -1,0 +1,46 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+FLAGS = (
+    "--resolution 8 --draw.count 96 --draw.shard-size 48 --train.preset tiny --train.steps 20 --train.global-batch-size 16 "
+    "--generate.count 20 --generate.shard-size 8 --generate.steps 3 --evaluate.samples 8 --evaluate.edits 4 "
+    "--evaluate.steps 3 --evaluate.classifier-steps 20"
+).split()
+
+
+def python(*arguments, home):
+    environment = {**os.environ, "PREFECT_HOME": str(home), "MPLCONFIGDIR": str(home)}
+    environment.pop("RAY_AUTH_MODE", None)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+@pytest.mark.timeout(600)
+def test_the_demo_goes_from_nothing_to_a_report_and_finds_its_results_again(tmp_path):
+    store = tmp_path / "store"
+    first = python("flows.py", "demo", "--store", str(store), *FLAGS, home=tmp_path / "prefect")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert f"{store}/report.html" in first.stdout.splitlines()[-1]
+    assert "ingest: found 96 = kept" in first.stdout
+    assert "ETA" in first.stdout
+    report = json.loads((store / "report.json").read_text())
+    assert set(report["seconds"]) == {"draw", "ingest", "train", "generate", "evaluate"}
+    assert report["figures"]["inpainting"]["known_bytes_changed"] == 0
+    assert report["figures"]["bulk"]["count"] == 20
+    assert report["training"]["curve"][-1][0] == 20
+    page = (store / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert "http" not in page.replace("http://www.w3.org", "").replace("https://matplotlib.org", "").replace(
+        "http://purl.org", ""
+    ).replace("http://creativecommons.org", ""), "the page opens from disk and asks nothing of the network"
+    again = python("flows.py", "demo", "--store", str(store), *FLAGS, home=tmp_path / "prefect")
+    assert again.returncode == 0, again.stdout + again.stderr
+    for stage in ("draw", "ingest", "train", "generate", "evaluate"):
+        assert f"{stage}: found {store}" in again.stdout
