@@ -95,6 +95,8 @@ def _submit(name: str, config: Settings, cluster: str) -> None:
     """Run the stage as a Ray job and follow its log to the end."""
     from ray.job_submission import JobStatus, JobSubmissionClient
 
+    for told in ("ray._private.runtime_env.packaging", "ray.dashboard.modules.dashboard_sdk"):
+        logging.getLogger(told).setLevel(logging.WARNING)
     try:
         client = JobSubmissionClient(cluster)
         entrypoint = shlex.join(["python", "-m", "pipelines", name, *settings.to_flags(config)])

@@ -18,7 +18,13 @@ def python(*arguments, home):
     environment = {**os.environ, "PREFECT_HOME": str(home), "MPLCONFIGDIR": str(home)}
     environment.pop("RAY_AUTH_MODE", None)
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
 
 

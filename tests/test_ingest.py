@@ -86,7 +86,9 @@ def test_what_is_broken_is_listed_with_its_reason_and_takes_nothing_else_along(t
         "short.tar": "truncated_shard",
     }
     duplicates = lines(uri, manifest["duplicates"])
-    assert [(row["source"][-15:], row["same_as"][-15:]) for row in duplicates] == [("shard.tar#e.png", "shard.tar#3.png")]
+    assert [(row["source"][-15:], row["same_as"][-15:]) for row in duplicates] == [
+        ("shard.tar#e.png", "shard.tar#3.png")
+    ]
     counts = manifest["counts"]
     assert counts["kept"] == 40 + 3
     assert counts["found"] == counts["kept"] + counts["rejected"] + counts["duplicates"]

@@ -132,7 +132,9 @@ def test_an_answer_tells_what_made_it(client, tiny_model):
 def test_bulk_through_the_service_has_the_same_bytes_as_through_actors(url, tmp_path, tiny_model):
     shards = []
     for via in ("serve", "actors"):
-        job = GenerateConfig(store=str(tmp_path / via), model=tiny_model, name="t", count=20, shard_size=8, steps=3, via=via)
+        job = GenerateConfig(
+            store=str(tmp_path / via), model=tiny_model, name="t", count=20, shard_size=8, steps=3, via=via
+        )
         uri = bulk.run(job).uri
         shards.append([storage.read_part(uri, part) for part in storage.read_manifest(uri, "images")["parts"]])
     assert shards[0] == shards[1]

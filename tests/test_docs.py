@@ -1,0 +1,103 @@
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import flows
+from conftest import ROOT
+from pipelines.config import PipelineError, parse
+from pipelines.jobs import STAGES
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page):
+    return re.findall(r"```\n(.*?)```", page.read_text(), flags=re.DOTALL)
+
+
+def commands():
+    for page in PAGES:
+        for block in blocks(page):
+            for line in block.replace("\\\n", " ").splitlines():
+                if re.match(r"(make|python) ", line):
+                    yield pytest.param(line.split("    #")[0].strip(), id=f"{page.name}: {line[:60]}")
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_that_is_shown_exists_with_its_settings(command):
+    words = [word.strip("'") for word in command.split()]
+    if words[0] == "make":
+        targets = [word for word in words[1:] if "=" not in word]
+        run = subprocess.run(["make", "--dry-run", *targets], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+        return
+    if words[1] == "flows.py":
+        program, kind, flags = "flows.py", flows.FLOWS[words[2]][1], words[3:]
+    else:
+        assert words[1:3] == ["-m", "pipelines"]
+        program, kind, flags = "pipelines", STAGES[words[3]].config, words[4:]
+    if "--help" not in flags:
+        parse(kind, program, flags)
+
+
+def test_a_command_with_a_wrong_setting_would_be_noticed():
+    with pytest.raises(PipelineError, match="--stepz"):
+        parse(STAGES["train"].config, "pipelines", ["--dataset", "x", "--stepz", "1"])
+
+
+def test_flags_named_in_the_text_exist():
+    kinds = [stage.config for stage in STAGES.values()] + [kind for _, kind in flows.FLOWS.values()]
+    known = {"--help", "--generate"}
+    for kind in kinds:
+        for name, field in kind.model_fields.items():
+            known.add("--" + name.replace("_", "-"))
+            for inner in getattr(field.annotation, "model_fields", {}):
+                known.add(f"--{name}.{inner}".replace("_", "-"))
+    for page in PAGES:
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z.-]*[a-z]", page.read_text()))
+        assert named - known - {"--head", "--source"} == set(), page.name
+
+
+def test_the_tree_in_the_readme_is_the_repository():
+    block = next(text for text in blocks(ROOT / "README.md") if text.startswith("README.md"))
+    shown, folder = set(), ""
+    for line in block.splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = name if name.endswith("/") else ""
+            shown |= {word for word in re.split(r"  +", line)[:6] if not folder} if not folder else set()
+        elif folder:
+            shown.add(folder + name)
+    shown = {name for name in shown if re.fullmatch(r"[\w./-]+", name)}
+    for name in shown:
+        assert (ROOT / name).exists(), f"{name} is in the README but not in the repository"
+    for package in ("diffusion_core", "pipelines"):
+        files = {f"{package}/{path.name}" for path in (ROOT / package).iterdir() if path.suffix in (".py", ".j2")}
+        assert files - shown == {f"{package}/__init__.py"}
+
+
+def test_every_link_and_picture_leads_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_dependency_is_pinned_and_explained():
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = re.findall(
+        r'^    "([A-Za-z-]+)', text[text.index("dependencies = [") : text.index("[project.optional")], re.M
+    )
+    pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    explained = (ROOT / "docs/dependencies.md").read_text()
+    assert listed
+    for name in listed:
+        assert name.lower() in pinned
+        assert name in explained
+
+
+def test_no_page_carries_the_path_of_a_machine():
+    for page in PAGES:
+        assert not re.search(r"/(home|root|work|Users)/", page.read_text()), page.name
+    assert Path(ROOT / "LICENSE").read_text().lstrip().startswith("Apache License")
