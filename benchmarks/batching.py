@@ -31,13 +31,11 @@ def main() -> None:
             seconds[size].append(one_call(denoiser, size, device))
     single = statistics.median(seconds[1])
     print(
-        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, cpu-small at 32x32, medians of {ROUNDS}"
+        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, cpu-small at 32x32, {ROUNDS} rounds"
     )
     for size in SIZES:
         each = statistics.median(seconds[size])
-        print(
-            f"batch {size:3}: {1e3 * each:8.2f} ms a call, {size / each:8.1f} pictures/s, gain {size * single / each:.2f}"
-        )
+        print(f"batch {size:3}: {1e3 * each:8.2f} ms, {size / each:8.1f} pictures/s, gain {size * single / each:.2f}")
 
 
 @torch.inference_mode()

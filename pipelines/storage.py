@@ -116,7 +116,7 @@ def is_published(folder: str) -> bool:
 
 
 def read_manifest(folder: str, kind: str) -> dict[str, Any]:
-    """The manifest at `folder` of a `kind` (dataset, model, …). Raises StorageError where there is none of that kind."""
+    """The manifest at `folder` of a `kind` (dataset, model, …). Raises StorageError where there is none of it."""
     uri = join(folder, MANIFEST)
     if not exists(uri):
         raise StorageError(f"{folder}: no {kind} here ({MANIFEST} is missing); check the URI, or run its stage again")

@@ -28,7 +28,7 @@ def ray_session(s3_environment):
 
 @pytest.fixture(scope="session")
 def s3_environment(tmp_path_factory):
-    """A real S3 endpoint on loopback, its environment set for this process and all that it starts; None without Swift."""
+    """A real S3 endpoint on loopback, its environment set for this process and what it starts; None without Swift."""
     if not SWIFT.exists():
         yield None
         return

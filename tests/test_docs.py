@@ -3,9 +3,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import flows
-from conftest import ROOT
 from pipelines.config import PipelineError, parse
 from pipelines.jobs import STAGES
 
@@ -24,7 +24,7 @@ def commands():
                     yield pytest.param(line.split("    #")[0].strip(), id=f"{page.name}: {line[:60]}")
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", list(commands()))
 def test_every_command_that_is_shown_exists_with_its_settings(command):
     words = [word.strip("'") for word in command.split()]
     if words[0] == "make":
@@ -48,7 +48,7 @@ def test_a_command_with_a_wrong_setting_would_be_noticed():
 
 def test_flags_named_in_the_text_exist():
     kinds = [stage.config for stage in STAGES.values()] + [kind for _, kind in flows.FLOWS.values()]
-    known = {"--help", "--generate"}
+    known = {"--help", "--flags", "--generate"}
     for kind in kinds:
         for name, field in kind.model_fields.items():
             known.add("--" + name.replace("_", "-"))
@@ -87,7 +87,7 @@ def test_every_link_and_picture_leads_somewhere():
 def test_every_dependency_is_pinned_and_explained():
     text = (ROOT / "pyproject.toml").read_text()
     listed = re.findall(
-        r'^    "([A-Za-z-]+)', text[text.index("dependencies = [") : text.index("[project.optional")], re.M
+        r'^    "([A-Za-z0-9-]+)', text[text.index("dependencies = [") : text.index("[project.optional")], re.M
     )
     pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
     explained = (ROOT / "docs/dependencies.md").read_text()

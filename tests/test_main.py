@@ -2,9 +2,9 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 import flows
-from conftest import ROOT
 from pipelines import __main__ as stages
 from pipelines.jobs import STAGES
 

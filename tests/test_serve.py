@@ -7,13 +7,13 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
+from test_worker import BOX, mask, picture
 
 from pipelines import bulk, storage
 from pipelines.config import GenerateConfig, PipelineError, ServeConfig
 from pipelines.images import from_png, to_png
 from pipelines.requests import ImageRequest
 from pipelines.worker import load_worker, picture_seed
-from test_worker import BOX, mask, picture
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_bulk_refuses_a_service_that_runs_another_model(url, tmp_path, tiny_mode
     other = str(tmp_path / "model")
     shutil.copytree(tiny_model, other)
     job = GenerateConfig(store=str(tmp_path), model=other, name="t", count=4, steps=3, via="serve")
-    with pytest.raises(PipelineError, match="this service runs .* serve that one"):
+    with pytest.raises(PipelineError, match=r"this service runs .* serve that one"):
         bulk.run(job)
 
 

@@ -4,8 +4,8 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-
 from conftest import TINY
+
 from diffusion_core.config import ModelConfig
 from diffusion_core.denoiser import Denoiser
 from diffusion_core.unet import UNet
