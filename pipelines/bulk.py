@@ -1,6 +1,7 @@
 """The generate stage: a table of requests becomes image shards, each a pure function of the model and its rows."""
 
 import io
+import json
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,7 @@ from pipelines.worker import Worker, load_worker, picture_seed
 
 VERSION = 1
 _IN_FLIGHT = 2
+Numerics = dict[str, str | int]
 
 
 def find(config: GenerateConfig) -> Outcome | None:
@@ -51,8 +53,13 @@ def requests_of(config: GenerateConfig, shard: int) -> list[ImageRequest]:
     ]
 
 
-def commit_shard(config: GenerateConfig, uri: str, shard: int, pictures: list[Pixels]) -> dict[str, Any]:
-    """Write one shard; the same pictures give the same bytes. Returns its entry for the manifest."""
+def commit_shard(
+    config: GenerateConfig, uri: str, shard: int, pictures: list[Pixels], numerics: Numerics
+) -> dict[str, Any]:
+    """Write one shard; the same pictures on the same kind of device give the same bytes.
+
+    `numerics` is the profile within which they repeat. Returns the shard's entry for the manifest.
+    """
     requests, first = requests_of(config, shard), shard * config.shard_size
     manifest = storage.read_manifest(storage.normalise(config.model), "model")
     columns: dict[str, list[Any]] = {
@@ -63,8 +70,10 @@ def commit_shard(config: GenerateConfig, uri: str, shard: int, pictures: list[Pi
     for name in ("task", "prompt", "seed", *SampleOptions.model_fields):
         columns[name] = [getattr(request, name) for request in requests]
     buffer = io.BytesIO()
-    pq.write_table(pa.table(columns), buffer, compression="none")
-    return {**storage.put_part(uri, _stem(shard), ".parquet", buffer.getvalue()), "rows": len(requests)}
+    table = pa.table(columns).replace_schema_metadata({"numerics": json.dumps(numerics, sort_keys=True)})
+    pq.write_table(table, buffer, compression="none")
+    part = storage.put_part(uri, _stem(shard), ".parquet", buffer.getvalue())
+    return {**part, "rows": len(requests), "numerics": numerics}
 
 
 class ShardPainter:
@@ -77,7 +86,10 @@ class ShardPainter:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Row with the number of a `shard` -> that number and the shard's entry for the manifest."""
         pictures = self.worker.paint(requests_of(self.config, row["shard"]))
-        return {"shard": row["shard"], **commit_shard(self.config, self.uri, row["shard"], pictures)}
+        return {
+            "shard": row["shard"],
+            **commit_shard(self.config, self.uri, row["shard"], pictures, self.worker.profile),
+        }
 
 
 def _uri(config: GenerateConfig) -> str:
@@ -110,9 +122,10 @@ def _committed(uri: str, shard: int) -> dict[str, Any] | None:
         data = storage.read_bytes(info.uri)
         checksum = storage.digest(data)
         if f"-{checksum[:12]}.parquet" in info.uri:
-            rows = pq.ParquetFile(io.BytesIO(data)).metadata.num_rows
-            name = info.uri.rsplit("/", 1)[1]
-            return {"name": name, "bytes": len(data), "sha256": checksum, "rows": rows}
+            file = pq.ParquetFile(io.BytesIO(data))
+            numerics = json.loads(file.schema_arrow.metadata[b"numerics"])
+            part = {"name": info.uri.rsplit("/", 1)[1], "bytes": len(data), "sha256": checksum}
+            return {**part, "rows": file.metadata.num_rows, "numerics": numerics}
     return None
 
 
@@ -141,6 +154,7 @@ def _through_service(config: GenerateConfig, uri: str, missing: list[int]) -> It
     from ray import serve
 
     model = serve.get_deployment_handle("Model", app_name=config.app)
+    numerics = model.describe.remote().result()["numerics"]
     flying: deque[tuple[int, Any]] = deque()
     todo = deque(missing)
     while todo or flying:
@@ -148,7 +162,7 @@ def _through_service(config: GenerateConfig, uri: str, missing: list[int]) -> It
             number = todo.popleft()
             flying.append((number, model.paint.remote(requests_of(config, number), config.model)))
         number, answer = flying.popleft()
-        yield number, commit_shard(config, uri, number, answer.result())
+        yield number, commit_shard(config, uri, number, answer.result(), numerics)
 
 
 def _publish(config: GenerateConfig, uri: str, parts: list[dict[str, Any]]) -> Outcome:

@@ -96,7 +96,7 @@ class TrainOptions(Settings):
 
     preset: str = Field("cpu-small", description="network: " + ", ".join(PRESETS))
     prediction: Prediction = Field("edm", description="what the network predicts")
-    steps: int = Field(1200, ge=1, description="optimisation steps")
+    steps: int = Field(900, ge=1, description="optimisation steps")
     global_batch_size: int = Field(32, ge=1, description="pictures in a step, over all workers")
     streams: int = Field(4, ge=1, description="parallel reading positions; divides the batch, divided by the workers")
     learning_rate: float = Field(2e-3, gt=0, description="peak of warm-up and cosine decay")

@@ -18,7 +18,7 @@ from ray import serve
 from diffusion_core.config import GridName, ModelConfig, SamplerName
 from pipelines.config import Outcome, PipelineError, ServeConfig
 from pipelines.images import to_png
-from pipelines.model import newest_model
+from pipelines.model import load_model, newest_model
 from pipelines.requests import ImageRequest, RequestError, Task, check
 from pipelines.storage import normalise
 from pipelines.worker import LANES, load_worker, picture_seed
@@ -68,9 +68,10 @@ class Model:
         self.worker = load_worker(uri)
 
     async def describe(self) -> dict[str, Any]:
-        """What the model is: URI, digest and configuration."""
+        """What the model is: URI, digest, configuration, and the numerics profile of its device."""
         model = self.worker.model
-        return {"uri": model.uri, "digest": model.digest, "config": model.config.to_dict()}
+        about = {"uri": model.uri, "digest": model.digest, "config": model.config.to_dict()}
+        return {**about, "numerics": self.worker.profile}
 
     async def paint(self, requests: list[ImageRequest], model: str | None = None) -> list[Any]:
         """One picture uint8 [H, W, 3] for each request. Raises PipelineError where another model was meant."""
@@ -182,7 +183,7 @@ class Images:
 def start(config: ServeConfig) -> str:
     """Start the application on the connected Ray; returns its URL. Raises PipelineError where the model is missing."""
     uri = normalise(config.model) if config.model else newest_model(config.store, config.name)
-    load_worker(uri, device="cpu")
+    load_model(uri)  # a missing or damaged model is an error here, and not of a replica that keeps restarting
     port = config.port or _free_port(config.host)
     _check_free(config.host, port)
     quiet = {"log_level": "WARNING", "enable_access_log": False}
