@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -69,7 +71,7 @@ def test_ddpm_and_euler_ancestral_are_ddim_with_eta_one():
 def test_euler_is_the_textbook_step_along_the_slope():
     sigmas, x = sigma_grid("karras", 9, 0.02, 30.0), start(30.0)
     expected = x
-    for high, low in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for high, low in pairwise(sigmas):
         slope = (expected - curved(expected, high.expand(6))) / high
         expected = expected + (low - high) * slope
     assert torch.allclose(walk("euler", sigmas, curved, x), expected, rtol=0, atol=1e-12)
@@ -79,7 +81,7 @@ def test_dpmpp_2m_is_the_published_algorithm():
     sigmas, x = sigma_grid("karras", 11, 0.02, 30.0), start(30.0)
     # Lu et al. 2022, algorithm 2, with alpha = 1 and lambda = -ln sigma
     y, last, last_h = x, None, None
-    for high, low in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for high, low in pairwise(sigmas):
         d = curved(y, high.expand(6))
         if low == 0:
             y = d

@@ -1,0 +1,99 @@
+import pytest
+import torch
+from torch import nn
+
+from diffusion_core.config import ModelConfig, UNetConfig
+from diffusion_core.denoiser import Denoiser, guided
+from diffusion_core.losses import per_sample_loss
+
+UNET = UNetConfig(resolution=8, widths=(16, 32), attention=(1,), head_channels=32, groups=8, classes=3)
+SIGMA = torch.tensor([0.01, 0.3, 2.0, 50.0], dtype=torch.float64)
+X0 = torch.randn(4, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+EPS = torch.randn(4, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+S = SIGMA[:, None, None, None]
+X = X0 + S * EPS
+ALPHA = 1 / (1 + S**2).sqrt()
+# What each kind of network is taught in its own paper.
+CLASSIC = {
+    "eps": EPS,
+    "x0": X0,
+    "v": ALPHA * EPS - (S * ALPHA) * X0,
+    "flow": EPS - X0,
+    "edm": (X0 - 0.25 / (S**2 + 0.25) * X) * (S**2 + 0.25).sqrt() / (0.5 * S),
+}
+
+
+class Says(nn.Module):
+    """A network that always gives the same answer and remembers what it was asked."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer, self.asked = answer, []
+
+    def forward(self, x, c_noise, label):
+        self.asked.append((x, c_noise, label))
+        return self.answer if self.answer is not None else label.to(x.dtype)[:, None, None, None].expand_as(x)
+
+
+def denoiser(prediction, answer):
+    return Denoiser(Says(answer), ModelConfig(UNET, prediction, 0.5, class_names=("a", "b", "c")))
+
+
+@pytest.mark.parametrize("prediction", CLASSIC)
+def test_a_network_that_learnt_its_classic_target_gives_the_picture(prediction):
+    exact = denoiser(prediction, CLASSIC[prediction])
+    assert torch.allclose(exact(X, SIGMA, None), X0, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("prediction", CLASSIC)
+def test_the_loss_is_the_distance_to_the_classic_target(prediction):
+    answer = torch.full_like(X0, 0.3)
+    loss = per_sample_loss(denoiser(prediction, answer), X0, SIGMA, EPS, None)
+    expected = (answer - CLASSIC[prediction]).square().mean(dim=(1, 2, 3))
+    assert torch.allclose(loss, expected, rtol=1e-9, atol=0)
+
+
+def test_what_the_network_sees_has_unit_scale():
+    network = denoiser("edm", X0)
+    network(X, SIGMA, None)
+    seen, c_noise, _ = network.network.asked[0]
+    assert torch.allclose(seen, X / (S**2 + 0.25).sqrt())
+    assert torch.allclose(c_noise, SIGMA.log() / 4)
+
+
+def test_guidance_is_linear_between_and_beyond_the_two_passes():
+    labels = torch.tensor([0, 1, 2, 0])
+    network = denoiser("x0", None)  # answers with the label; the null label is 3
+    for scale in (0.0, 1.5, 4.0):
+        told = guided(network, X, SIGMA, labels, torch.full((4,), scale))
+        expected = 3 + scale * (labels - 3)
+        assert torch.allclose(told, expected.to(X.dtype)[:, None, None, None].expand_as(X))
+
+
+def test_the_second_pass_is_left_out_where_it_changes_nothing():
+    network = denoiser("x0", None)
+    guided(network, X, SIGMA, torch.tensor([0, 1, 2, 0]), torch.ones(4))
+    assert len(network.network.asked[0][0]) == 4
+    guided(network, X, SIGMA, torch.tensor([0, 1, 2, 0]), torch.tensor([1.0, 1.0, 1.0, 2.0]))
+    assert len(network.network.asked[1][0]) == 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"class_names": ("a",)}, "class_names: 1 names for 3 classes"),
+        ({"class_names": ("a", "b", "c"), "sigma_min": 3.0, "sigma_max": 2.0}, "sigma_min, sigma_max: 3.0, 2.0"),
+    ],
+)
+def test_a_model_that_contradicts_itself_is_refused(settings, told):
+    with pytest.raises(ValueError, match=told):
+        ModelConfig(UNET, **settings)
+
+
+def test_a_configuration_survives_json():
+    import json
+
+    model = ModelConfig(UNET, "v", 0.4, class_names=("a", "b", "c"))
+    assert ModelConfig.from_dict(json.loads(json.dumps(model.to_dict()))) == model
+    with pytest.raises(TypeError, match="colour"):
+        ModelConfig.from_dict({**model.to_dict(), "colour": 1})

@@ -1,0 +1,85 @@
+import pytest
+import torch
+
+from diffusion_core.config import SamplerConfig
+from diffusion_core.inpainting import KnownRegion, Resampling, denoise_plan, repaint_plan
+from diffusion_core.samplers import make_plan, sample, start_noise
+from diffusion_core.schedules import sigma_grid
+
+RHO, SEEN = 0.8, 1.5
+COUNT = 4000
+SEEDS = torch.arange(COUNT)
+COVARIANCE = torch.tensor([[1.0, RHO], [RHO, 1.0]], dtype=torch.float64)
+
+
+def gaussian(x, sigma):
+    """Exact denoiser of two correlated pixels, x [B, 1, 1, 2]."""
+    gain = COVARIANCE @ torch.linalg.inv(COVARIANCE + sigma[0] ** 2 * torch.eye(2, dtype=torch.float64))
+    return x @ gain.T
+
+
+def inpaint(plan):
+    picture = torch.tensor([SEEN, 0.0], dtype=torch.float64).expand(COUNT, 1, 1, 2)
+    mask = torch.tensor([0.0, 1.0], dtype=torch.float64).expand(COUNT, 1, 1, 2)
+    known = KnownRegion(picture, mask, SEEDS)
+    x = sample(gaussian, plan, start_noise(plan, SEEDS, (1, 1, 2), torch.float64), SEEDS, known)
+    assert (x[..., 0] == SEEN).all(), "the known pixel comes back exactly"
+    return x[..., 1].flatten()
+
+
+def test_resampling_inpaints_the_right_distribution_where_replacement_does_not():
+    config, sigmas = SamplerConfig(sampler="ddpm"), sigma_grid("log_snr", 60, 0.02, 20.0)
+    replaced = inpaint(make_plan(config, sigmas))
+    resampled = inpaint(repaint_plan(config, sigmas, Resampling(jump=10, times=10)))
+    truth, deviation = RHO * SEEN, (1 - RHO**2) ** 0.5
+    assert abs(float(resampled.mean()) - truth) < 0.1
+    assert abs(float(resampled.std()) - deviation) < 0.1
+    assert abs(float(replaced.mean()) - truth) > 0.3
+
+
+@pytest.mark.parametrize(("jump", "times", "rows"), [(5, 3, 20), (4, 2, 10), (7, 3, 18), (30, 5, 10)])
+def test_a_resampling_path_walks_every_block_as_often_as_it_says(jump, times, rows):
+    sigmas = sigma_grid("karras", rows, 0.02, 20.0)
+    plan = repaint_plan(SamplerConfig(), sigmas, Resampling(jump, times))
+    level, walked = 0, [0] * rows
+    for row in range(len(plan)):
+        assert plan.sigma[row] == sigmas[level]
+        walked[level] += 1
+        level = int((sigmas == plan.sigma_next[row]).nonzero())
+    assert level == rows
+    last = (rows - 1) // jump * jump
+    assert walked == [1 if at >= last else times for at in range(rows)]
+
+
+def test_a_soft_mask_mixes():
+    picture, mask = torch.zeros(1, 1, 1, 2), torch.tensor([0.25, 1.0]).view(1, 1, 1, 2)
+    x = torch.ones(1, 1, 1, 2)
+    mixed = KnownRegion(picture, mask, torch.tensor([0]))(x, torch.zeros(1), 0)
+    assert mixed.flatten().tolist() == [0.25, 1.0]
+
+
+def test_what_is_behind_a_kept_pixel_does_not_matter_even_if_it_is_not_a_number():
+    x = torch.full((1, 1, 1, 1), torch.nan)
+    kept = KnownRegion(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), torch.tensor([0]))(x, torch.zeros(1), 0)
+    assert kept.item() == 1.0
+
+
+def test_denoising_in_one_step_is_the_posterior_mean():
+    sigma = 0.7
+    x = torch.randn(50, 1, 1, 2, dtype=torch.float64)
+    plan = denoise_plan(SamplerConfig(steps=1), sigma_grid("karras", 20, 0.02, 20.0), sigma)
+    told = sample(gaussian, plan, x, torch.arange(50))
+    exact = x @ (COVARIANCE @ torch.linalg.inv(COVARIANCE + sigma**2 * torch.eye(2, dtype=torch.float64))).T
+    assert torch.allclose(told, exact, rtol=0, atol=1e-12)
+
+
+def test_denoising_in_more_steps_begins_at_the_level_of_the_noise():
+    plan = denoise_plan(SamplerConfig(steps=20), sigma_grid("karras", 20, 0.02, 20.0), 0.7)
+    assert plan.sigma[0] == 0.7
+    assert (plan.sigma.diff() < 0).all()
+    assert plan.sigma_next[-1] == 0
+
+
+def test_resampling_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="resampling: jump 0"):
+        Resampling(jump=0)
