@@ -5,6 +5,7 @@ from torch import nn
 from diffusion_core.config import ModelConfig, UNetConfig
 from diffusion_core.denoiser import Denoiser, guided
 from diffusion_core.losses import per_sample_loss
+from diffusion_core.unet import UNet
 
 UNET = UNetConfig(resolution=8, widths=(16, 32), attention=(1,), head_channels=32, groups=8, classes=3)
 SIGMA = torch.tensor([0.01, 0.3, 2.0, 50.0], dtype=torch.float64)
@@ -97,3 +98,19 @@ def test_a_configuration_survives_json():
     assert ModelConfig.from_dict(json.loads(json.dumps(model.to_dict()))) == model
     with pytest.raises(TypeError, match="colour"):
         ModelConfig.from_dict({**model.to_dict(), "colour": 1})
+
+
+def test_guidance_one_is_no_guidance_and_zero_is_no_label():
+    torch.manual_seed(0)
+    network = UNet(UNET).double()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    model = Denoiser(network, ModelConfig(UNET, class_names=("a", "b", "c")))
+    x, labels = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    told, untold = model(x, SIGMA, labels), model(x, SIGMA, None)
+    assert not torch.allclose(told, untold)
+    strengths = torch.tensor([1.0, 0.0, 2.0, 1.0], dtype=torch.float64)
+    expected = torch.stack((told[0], untold[1], 2 * told[2] - untold[2], told[3]))
+    assert torch.allclose(guided(model, x, SIGMA, labels, strengths), expected, rtol=0, atol=1e-12)
+    assert torch.equal(guided(model, x, SIGMA, labels, torch.ones(4)), told)
+    assert torch.equal(guided(model, x, SIGMA, None, strengths), untold)

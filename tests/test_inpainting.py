@@ -7,7 +7,7 @@ from diffusion_core.samplers import make_plan, sample, start_noise
 from diffusion_core.schedules import sigma_grid
 
 RHO, SEEN = 0.8, 1.5
-COUNT = 4000
+COUNT = 500
 SEEDS = torch.arange(COUNT)
 COVARIANCE = torch.tensor([[1.0, RHO], [RHO, 1.0]], dtype=torch.float64)
 
@@ -28,7 +28,7 @@ def inpaint(plan):
 
 
 def test_resampling_inpaints_the_right_distribution_where_replacement_does_not():
-    config, sigmas = SamplerConfig(sampler="ddpm"), sigma_grid("log_snr", 60, 0.02, 20.0)
+    config, sigmas = SamplerConfig(sampler="ddpm"), sigma_grid("log_snr", 50, 0.02, 20.0)
     replaced = inpaint(make_plan(config, sigmas))
     resampled = inpaint(repaint_plan(config, sigmas, Resampling(jump=10, times=10)))
     truth, deviation = RHO * SEEN, (1 - RHO**2) ** 0.5
@@ -83,3 +83,25 @@ def test_denoising_in_more_steps_begins_at_the_level_of_the_noise():
 def test_resampling_of_nothing_is_refused():
     with pytest.raises(ValueError, match="resampling: jump 0"):
         Resampling(jump=0)
+
+
+def test_the_known_region_is_as_noisy_as_the_level_and_exact_at_zero():
+    picture, mask = torch.full((2, 3, 40, 40), 0.5), torch.zeros(2, 1, 40, 40)
+    mask[:, :, 20:] = 1.0
+    x = torch.randn(2, 3, 40, 40)
+    region = KnownRegion(picture, mask, torch.tensor([1, 2]))
+    noisy = region(x, torch.tensor([2.0, 0.0]), 4)
+    assert torch.equal(noisy[:, :, 20:], x[:, :, 20:]), "what is repainted is left alone"
+    assert torch.equal(noisy[1, :, :20], picture[1, :, :20])
+    added = noisy[0, :, :20] - 0.5
+    assert float(added.mean()) == pytest.approx(0.0, abs=5 * 2 / 2400**0.5)
+    assert float(added.std()) == pytest.approx(2.0, rel=5 / 4800**0.5)
+    again = region(x, torch.tensor([2.0, 0.0]), 5)
+    assert not torch.equal(noisy[0], again[0]), "every row draws its own noise"
+
+
+def test_walking_every_block_once_is_the_sampler_itself():
+    config, sigmas = SamplerConfig(sampler="ddpm"), sigma_grid("karras", 12, 0.02, 20.0)
+    plain, once = make_plan(config, sigmas), repaint_plan(config, sigmas, Resampling(jump=4, times=1))
+    for name in ("sigma", "sigma_next", "a", "b", "c", "s"):
+        assert torch.equal(getattr(plain, name), getattr(once, name))

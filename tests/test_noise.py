@@ -1,3 +1,6 @@
+import math
+import random
+
 import pytest
 import torch
 
@@ -22,6 +25,36 @@ def words(*values):
 )
 def test_philox_gives_the_known_answers_of_its_authors(counter, key, expected):
     assert tuple(int(word) for word in _philox(words(*counter), words(*key))) == expected
+
+
+def philox(counter, key):
+    """Philox4x32-10 on Python's own integers, after the paper."""
+    c, k, full = list(counter), list(key), 2**32
+    for _ in range(10):
+        first, second = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [second // full ^ c[1] ^ k[0], second % full, first // full ^ c[3] ^ k[1], first % full]
+        k = [(k[0] + 0x9E3779B9) % full, (k[1] + 0xBB67AE85) % full]
+    return c
+
+
+def test_philox_equals_exact_integer_arithmetic_on_any_words():
+    drawn = random.Random(0)
+    for _ in range(50):
+        numbers = [drawn.getrandbits(32) for _ in range(6)]
+        ours = _philox(words(*numbers[:4]), words(*numbers[4:]))
+        assert [int(word) for word in ours] == philox(numbers[:4], numbers[4:])
+
+
+def test_normal_numbers_are_box_muller_of_philox_keyed_by_the_seed():
+    seed, step, expected = 0x1234_5678_9ABC_DEF0, 2**33 + 5, []
+    for block in range(2):
+        drawn = philox((block, 5, 2, PURPOSES["sampler"]), (0x9ABC_DEF0, 0x1234_5678))
+        u = [(word + 0.5) / 2**32 for word in drawn]
+        for one, two in (u[:2], u[2:]):
+            radius = math.sqrt(-2 * math.log(one))
+            expected += [radius * math.cos(2 * math.pi * two), radius * math.sin(2 * math.pi * two)]
+    found = normal(torch.tensor([seed]), "sampler", step, (2, 3), torch.float64)
+    assert found.flatten().tolist() == pytest.approx(expected[:6], rel=1e-12)
 
 
 def test_a_seed_has_the_same_noise_in_any_batch():
@@ -69,3 +102,19 @@ def test_derived_seeds_are_distinct_and_do_not_depend_on_their_neighbours():
     assert seeds.max() < 2**62
     assert torch.equal(derive_seeds(3, torch.tensor([40_000, 7])), seeds[[40_000, 7]])
     assert not torch.equal(derive_seeds(4, torch.arange(9)), seeds[:9])
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_derived_seeds_are_the_same_however_the_index_is_sliced(size):
+    parts = [derive_seeds(11, part) for part in torch.arange(100).split(size)]
+    assert torch.equal(torch.cat(parts), derive_seeds(11, torch.arange(100)))
+
+
+def test_neighbouring_and_distant_seeds_share_no_draw():
+    noise = normal(torch.tensor([0, 1, 2, 2**31, 2**32, 2**62 - 1]), "start", 0, (4000,), torch.float64)
+    assert (torch.corrcoef(noise) - torch.eye(6)).abs().max() < 5 / 4000**0.5
+
+
+def test_the_type_asked_for_only_rounds():
+    exact, rounded = (normal(torch.arange(3), "known", 1, (50,), kind) for kind in (torch.float64, torch.float32))
+    assert torch.equal(exact.to(torch.float32), rounded)

@@ -1,13 +1,16 @@
+import dataclasses
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from diffusion_core.config import SamplerConfig
+from diffusion_core.config import PRESETS, ModelConfig, SamplerConfig
+from diffusion_core.denoiser import Denoiser
 from diffusion_core.noise import normal
 from diffusion_core.samplers import make_plan, sample, start_noise
 from diffusion_core.schedules import log_normal_sigma, sigma_grid, truncate
+from diffusion_core.unet import UNet
 
 SIGMA_DATA = 0.5
 SEEDS = torch.arange(6)
@@ -93,9 +96,9 @@ def test_dpmpp_2m_is_the_published_algorithm():
 
 
 def test_fresh_noise_keeps_the_right_variance():
-    seeds = torch.arange(20_000)
+    seeds = torch.arange(500)
     plan = make_plan(SamplerConfig(sampler="ddpm"), sigma_grid("log_snr", 400, 0.02, 20.0))
-    x = sample(gaussian, plan, start_noise(plan, seeds, (1,), torch.float64), seeds)
+    x = sample(gaussian, plan, start_noise(plan, seeds, (20,), torch.float64), seeds)
     assert float(x.var()) == pytest.approx(SIGMA_DATA**2, rel=0.05)
 
 
@@ -154,3 +157,57 @@ def test_settings_without_a_table_are_refused(settings, told):
         SamplerConfig(**settings)
     with pytest.raises(ValueError, match="need 0 < sigma_min < sigma_max"):
         sigma_grid("karras", 5, 2.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmpp_2m"])
+def test_each_row_leaves_the_noise_level_that_it_names(name):
+    # Where the data is one picture, 0, and so is D, a row takes the noise sigma² to a²·sigma² + s².
+    sigmas = torch.tensor([9.0, 5.0, 2.0, 1.0, 0.5, 0.1, 0.0], dtype=torch.float64)
+    up = torch.tensor([5.0, 9.0, 1.5, 2.0, 0.1, 0.0], dtype=torch.float64)
+    plan = make_plan(SamplerConfig(sampler=name), sigmas, up)
+    assert plan.sigma.tolist() == [9.0, *up[:-1].tolist()]
+    assert plan.sigma_next.tolist() == up.tolist()
+    assert (plan.a**2 * plan.sigma**2 + plan.s**2).tolist() == pytest.approx((up**2).tolist(), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmpp_2m"])
+def test_a_picture_that_the_denoiser_is_sure_of_is_where_the_walk_ends(name):
+    plan = make_plan(SamplerConfig(sampler=name), sigma_grid("karras", 7, 0.02, 30.0))
+    x = sample(lambda x, sigma: torch.full_like(x, 0.3), plan, start(30.0), SEEDS)
+    assert torch.allclose(x, torch.full_like(x, 0.3), rtol=0, atol=1e-12)
+
+
+def test_dpmpp_2m_takes_a_first_order_step_after_a_jump():
+    sigmas = torch.tensor([4.0, 2.0, 1.0, 0.5, 0.0], dtype=torch.float64)
+    plan = make_plan(SamplerConfig(), sigmas, up=torch.tensor([2.0, 3.0, 0.5, 0.0], dtype=torch.float64))
+    assert plan.c.tolist() == pytest.approx([0.0, -0.25, 0.0, 0.0])
+
+
+def test_a_watcher_sees_every_estimate_in_its_order():
+    seen = []
+    plan = make_plan(SamplerConfig(), sigma_grid("karras", 5, 0.02, 30.0))
+    x = sample(curved, plan, start(30.0), SEEDS, watch=lambda row, denoised: seen.append((row, denoised)))
+    assert [row for row, _ in seen] == [0, 1, 2, 3, 4]
+    assert torch.equal(seen[-1][1], x), "the last row goes to 0, where the estimate is the picture"
+
+
+@pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m"])
+@torch.inference_mode()
+def test_a_request_has_the_same_bits_at_any_place_of_any_batch(name):
+    torch.manual_seed(0)
+    config = dataclasses.replace(PRESETS["tiny"], classes=3)
+    network = UNet(config).eval().to(memory_format=torch.channels_last)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    denoiser = Denoiser(network, ModelConfig(config, class_names=("a", "b", "c")))
+    plan = make_plan(SamplerConfig(sampler=name), sigma_grid("karras", 4, 0.02, 30.0))
+
+    def drawn(seeds, labels):
+        x = start_noise(plan, seeds, (3, 8, 8)).contiguous(memory_format=torch.channels_last)
+        return sample(lambda x, sigma: denoiser(x, sigma, labels), plan, x, seeds)
+
+    alone = drawn(torch.tensor([41, 1, 2, 3]), torch.tensor([2, 0, 1, 0]))[0]
+    for size, place in ((4, 3), (5, 2), (8, 7), (16, 6)):
+        seeds, labels = torch.arange(100, 100 + size), torch.arange(size) % 3
+        seeds[place], labels[place] = 41, 2
+        assert torch.equal(drawn(seeds, labels)[place], alone)

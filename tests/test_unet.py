@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from diffusion_core.config import PRESETS, UNetConfig
-from diffusion_core.unet import UNet
+from diffusion_core.unet import Attention, UNet
 
 TINY = dataclasses.replace(PRESETS["tiny"], classes=3)
 
@@ -98,3 +98,16 @@ def test_the_small_preset_has_about_a_million_parameters():
 def test_a_shape_that_cannot_be_is_refused_by_its_field(change, told):
     with pytest.raises(ValueError, match=told):
         UNetConfig(**{**dataclasses.asdict(TINY), **change})
+
+
+@pytest.mark.parametrize(
+    ("levels", "expected"), [((), [8]), ((0,), [16, 16, 16, 8]), ((0, 1), [16, 8, 8, 8, 8, 16, 16])]
+)
+def test_attention_works_at_the_levels_listed_and_in_the_middle(levels, expected):
+    config = dataclasses.replace(TINY, resolution=16, head_channels=16, attention=levels)
+    made, seen = network(config), []
+    for module in made.modules():
+        if isinstance(module, Attention):
+            module.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[-1]))
+    made(*inputs(1, config))
+    assert sorted(seen) == sorted(expected)
