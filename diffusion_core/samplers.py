@@ -1,5 +1,11 @@
-"""Samplers as tables: one row per denoiser call, x' = a·x + b·D + c·D_prev + s·z, then D_prev' = D."""
+"""Samplers as tables: one row per denoiser call, and one update that knows no sampler by name.
 
+    x' = a·x + b·D + Σⱼ cⱼ·Hⱼ + s·z        H' = (α·x + β·D, H₁, …)        with the x before the update
+
+D is the denoised picture, H what earlier rows remembered, z fresh noise. Below, r = sigma'/sigma.
+"""
+
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,17 +13,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion_core.config import SamplerConfig, SamplerName
+from diffusion_core import checks
+from diffusion_core.config import ModelConfig, SamplerConfig, SamplerName
 from diffusion_core.noise import normal
+from diffusion_core.schedules import sigma_grid, timestep_sigmas
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Constrain = Callable[[Tensor, Tensor, int], Tensor]
 Watch = Callable[[int, Tensor], None]
 
 
+class Row(NamedTuple):
+    """Coefficients of one update, each [B] or [1], `c` [B or 1, K]."""
+
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    s: Tensor
+    alpha: Tensor
+    beta: Tensor
+
+
 @dataclass(frozen=True)
 class Plan:
-    """The table of a sampler: float64 columns [N], one row per denoiser call.
+    """The table of a sampler: columns [N], one row per denoiser call; `c` [N, K] for a history of K.
 
     `sigma` is the noise level that a row starts from, `sigma_next` the one that it leaves behind.
     """
@@ -28,38 +47,64 @@ class Plan:
     b: Tensor
     c: Tensor
     s: Tensor
+    alpha: Tensor
+    beta: Tensor
 
     def __len__(self) -> int:
         """Number of denoiser calls."""
         return len(self.sigma)
 
+    @property
+    def memory(self) -> int:
+        """Number of remembered pictures K."""
+        return self.c.shape[1]
+
+    def row(self, index: int) -> Row:
+        """The coefficients of row `index`, each [1]."""
+        columns = (self.a, self.b, self.c, self.s, self.alpha, self.beta)
+        return Row(*(column[index : index + 1] for column in columns))
+
 
 class State(NamedTuple):
-    """A picture on its way: x [B, C, H, W], and the denoiser's last answer of the same shape."""
+    """A picture on its way: x [B, …], and K remembered pictures of the same shape, the newest first."""
 
     x: Tensor
-    previous: Tensor
+    history: tuple[Tensor, ...]
+
+
+def new_state(x: Tensor, memory: int) -> State:
+    """A state before the first row, with room to remember `memory` pictures."""
+    return State(x, tuple(torch.zeros_like(x) for _ in range(memory)))
 
 
 def make_plan(config: SamplerConfig, sigmas: Tensor, up: Tensor | None = None) -> Plan:
-    """The table of `config.sampler` along `sigmas` [N + 1], which ends at 0.
+    """The table of `config.sampler` along `sigmas` [N + 1], which ends at 0 or above it.
 
-    Row i walks down to sigmas[i + 1] and then jumps up to `up[i]` [N] by adding noise (RePaint; default: no jump),
-    where the next row starts. Raises ValueError where a row would not walk down from a positive level.
+    Interval i walks down to sigmas[i + 1] and then jumps up to `up[i]` [N] by adding noise (RePaint; default: no
+    jump), where the next one starts. Raises ValueError where an interval would not walk down from a positive level.
     """
-    down = sigmas[1:].to(torch.float64)
+    levels = sigmas.to(torch.float64)
+    down = levels[1:]
     after = down if up is None else up.to(torch.float64)
-    high = torch.cat((sigmas[:1].to(torch.float64), after[:-1]))
-    if len(down) < 1 or bool((down >= high).any()) or bool((down < 0).any()) or bool((after < down).any()):
+    high = torch.cat((levels[:1], after[:-1])) if len(levels) > 1 else down
+    falls = levels.ndim == 1 and len(down) and torch.isfinite(levels).all() and len(after) == len(down)
+    if not falls or not ((down < high) & (down >= 0) & (after >= down)).all():
         raise ValueError(f"sigmas: {sigmas.tolist()}; need levels that decrease to 0, at least two of them")
-    return _PLANNERS[config.sampler](high, down, after, config.eta)
+    return _PLANNERS[config.sampler](_Walk(high, down, after), config)
 
 
-def step(state: State, plan: Plan, row: int, denoised: Tensor, z: Tensor | None) -> State:
-    """One row of the table: state and denoised D(x, sigma) -> next state. `z` is needed where the row's s is not 0."""
-    a, b, c, s = (float(column[row]) for column in (plan.a, plan.b, plan.c, plan.s))
-    x = a * state.x + b * denoised + c * state.previous
-    return State(x if z is None else x + s * z, denoised)
+def step(state: State, row: Row, denoised: Tensor, z: Tensor | None) -> State:
+    """One row of the table: state and denoised D(x, sigma) [B, …] -> next state.
+
+    `z` is needed where a row's s is not 0. Products are rounded one by one, so that no batch shape changes a bit.
+    """
+    x = _times(row.a, state.x) + _times(row.b, denoised)
+    for age, remembered in enumerate(state.history):
+        x = x + _times(row.c[:, age], remembered)
+    if z is not None:
+        x = x + _times(row.s, z)
+    newest = _times(row.alpha, state.x) + _times(row.beta, denoised)
+    return State(x, (newest, *state.history)[: len(state.history)])
 
 
 def sample(
@@ -70,17 +115,21 @@ def sample(
     constrain: Constrain | None = None,
     watch: Watch | None = None,
 ) -> Tensor:
-    """Walk `x` [B, C, H, W] at plan.sigma[0] down the table; `seeds` [B] key the sampler's noise.
+    """Walk `x` [B, …] at plan.sigma[0] down the table; `seeds` [B] (int64) key the sampler's noise.
 
     `denoise(x, sigma [B])` is D; `constrain(x, sigma_next [B], row)` may amend x after each row (inpainting);
-    `watch(row, denoised)` sees every estimate.
+    `watch(row, denoised)` sees every estimate. Raises ValueError on seeds of another type or number, and on an x
+    that is not floating or not finite.
     """
-    state = State(x, torch.zeros_like(x))
+    checks.seeds("seeds", seeds)
+    if len(seeds) != len(x) or not x.is_floating_point():
+        raise ValueError(f"x: {x.dtype} {list(x.shape)}; need a floating type and one picture for {len(seeds)} seeds")
+    checks.finite("x", x)
+    state = new_state(x, plan.memory)
     for row in range(len(plan)):
-        level = plan.sigma[row].expand(len(x)).to(x.device, x.dtype)
-        denoised = denoise(state.x, level)
+        denoised = denoise(state.x, plan.sigma[row].expand(len(x)).to(x.device, x.dtype))
         z = normal(seeds, "sampler", row, x.shape[1:], x.dtype) if plan.s[row] != 0 else None
-        state = step(state, plan, row, denoised, z)
+        state = step(state, plan.row(row), denoised, z)
         if constrain is not None:
             state = state._replace(x=constrain(state.x, plan.sigma_next[row].expand(len(x)).to(x), row))
         if watch is not None:
@@ -93,29 +142,156 @@ def start_noise(plan: Plan, seeds: Tensor, shape: tuple[int, ...], dtype: torch.
     return float(plan.sigma[0]) * normal(seeds, "start", 0, shape, dtype)
 
 
-def _ancestral(high: Tensor, down: Tensor, after: Tensor, eta: float) -> Plan:
+def model_grid(config: SamplerConfig, model: ModelConfig) -> Tensor:
+    """The sigmas [steps + 1] that `config` walks with `model`. Raises ValueError where the model has no such grid."""
+    levels = timestep_sigmas(model.timesteps) if model.timesteps else None
+    return sigma_grid(config.grid, config.steps, model.sigma_min, model.sigma_max, model.schedule, levels)
+
+
+class _Walk(NamedTuple):
+    """Intervals [N] from `high` down to `down`, each followed by a jump up to `after` (equal to `down`: no jump)."""
+
+    high: Tensor
+    down: Tensor
+    after: Tensor
+
+    @property
+    def jump(self) -> Tensor:
+        """Variance that the jumps add."""
+        return self.after**2 - self.down**2
+
+    def reach(self) -> list[int]:
+        """How many rows before each may be leant on: those since the start or the last jump."""
+        counts = [0]
+        for jumps in (self.after > self.down)[:-1].tolist():
+            counts.append(0 if jumps else counts[-1] + 1)
+        return counts
+
+
+def _ancestral(walk: _Walk, eta: float) -> Plan:
     """DDIM (eta 0; Song et al. 2021) to DDPM (eta 1; Ho et al. 2020) in sigma coordinates; a jump only raises s."""
-    r = down / high
-    s = eta * down * torch.sqrt(1 - r**2)
-    a = torch.sqrt(down**2 - s**2) / high
-    return Plan(high, after, a, 1 - a, torch.zeros_like(a), torch.sqrt(s**2 + after**2 - down**2))
+    s = eta * walk.down * torch.sqrt(1 - (walk.down / walk.high) ** 2)
+    a = torch.sqrt(walk.down**2 - s**2) / walk.high
+    return _remembering(walk, a, 1 - a, a.new_zeros(len(a), 0), torch.sqrt(s**2 + walk.jump))
 
 
-def _dpmpp_2m(high: Tensor, down: Tensor, after: Tensor, _: float) -> Plan:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) for any grid; first order on the first row and after a jump."""
-    r = down / high
+def _dpmpp_2m(walk: _Walk, config: SamplerConfig, eta: float) -> Plan:
+    """DPM-Solver++(2M) and, with eta > 0, its SDE form (Lu et al. 2022, algorithm 2 and section 5) on any grid.
+
+    First order on the first row, after a jump and where the row ends at 0.
+    """
+    r = walk.down / walk.high
     h = -torch.log(r)
     k = torch.zeros_like(r)
     k[1:] = h[1:] / (2 * h[:-1])
-    k[1:][after[:-1] > down[:-1]] = 0.0
-    k[down == 0] = 0.0
-    return Plan(high, after, r, (1 - r) * (1 + k), -(1 - r) * k, torch.sqrt(after**2 - down**2))
+    k[torch.tensor(walk.reach()) == 0] = 0.0
+    k[walk.down == 0] = 0.0
+    if config.lower_final:
+        k[-1] = 0.0
+    a = r ** (1 + eta)
+    s = torch.sqrt(walk.down**2 * (1 - r ** (2 * eta)) + walk.jump)
+    return _remembering(walk, a, (1 - a) * (1 + k), (-(1 - a) * k)[:, None], s)
 
 
-_PLANNERS: dict[SamplerName, Callable[[Tensor, Tensor, Tensor, float], Plan]] = {
-    "ddim": _ancestral,
-    "euler": lambda high, down, after, _: _ancestral(high, down, after, 0.0),
-    "ddpm": lambda high, down, after, _: _ancestral(high, down, after, 1.0),
-    "euler_ancestral": lambda high, down, after, _: _ancestral(high, down, after, 1.0),
-    "dpmpp_2m": _dpmpp_2m,
+def _heun(walk: _Walk, config: SamplerConfig) -> Plan:
+    """Karras et al. 2022, algorithm 2: a row for the prediction and one for its correction; an interval to 0 has one.
+
+    Churn folds into the noise of the row before: an interval's first level rises from sigma to sigma·(1 + gamma).
+    The level that the whole walk starts from is not raised: more noise there is the same distribution.
+    """
+    gamma = min(config.churn / len(walk.high), 2**0.5 - 1)
+    churned = (walk.after >= config.churn_low) & (walk.after <= config.churn_high) & (walk.after > 0)
+    churned[-1] = False
+    risen = torch.where(churned, walk.after * (1 + gamma), walk.after)
+    spread = config.churn_noise**2 * (risen**2 - walk.after**2) + walk.jump
+    high = torch.cat((walk.high[:1], risen[:-1]))
+    rows: list[tuple[float, ...]] = []
+    for begin, end, leave, variance in torch.stack((high, walk.down, risen, spread), dim=1).tolist():
+        r = end / begin
+        alone = end == 0
+        rows.append((begin, leave if alone else end, r, 1 - r, 0.0, variance**0.5 if alone else 0.0))
+        if not alone:
+            k = 0.5 * (begin / end - 1)
+            rows.append((end, leave, 1.0, k, -k, variance**0.5))
+    sigma, sigma_next, a, b, c, s = torch.tensor(rows, dtype=torch.float64).unbind(1)
+    return Plan(sigma, sigma_next, a, b, c[:, None], s, torch.zeros_like(a), torch.ones_like(a))
+
+
+# Adams-Bashforth on equal steps, newest slope first
+_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+def _ipndm_4(walk: _Walk) -> Plan:
+    """Improved pseudo numerical method (Zhang & Chen 2023; Liu et al. 2022): slopes (x − D)/sigma are remembered."""
+    weights = torch.zeros(len(walk.high), 4, dtype=torch.float64)
+    for row, reach in enumerate(walk.reach()):
+        order = 1 if walk.down[row] == 0 else min(reach + 1, 4)
+        weights[row, :order] = torch.tensor(_BASHFORTH[order - 1], dtype=torch.float64)
+    move = (walk.down - walk.high)[:, None] * weights
+    slope = move[:, 0] / walk.high
+    return Plan(
+        walk.high, walk.after, 1 + slope, -slope, move[:, 1:], torch.sqrt(walk.jump), 1 / walk.high, -1 / walk.high
+    )
+
+
+def _exponential(walk: _Walk, order: int) -> Plan:
+    """Exponential Adams-Bashforth in lambda = −ln sigma: x' = r·x + sigma'·∫ e^lambda·P(lambda) d lambda.
+
+    P is the polynomial through the last `order` values of D (Hochbruck & Ostermann 2010, section 2.5), integrated for
+    the grid as it is. First order on the first row, one more on each row after; x' = D where the row ends at 0.
+    """
+    weights = torch.zeros(len(walk.high), order, dtype=torch.float64)
+    logs = -torch.log(walk.high)
+    for row, reach in enumerate(walk.reach()):
+        used = min(reach + 1, order)
+        if walk.down[row] == 0:
+            weights[row, 0] = 1.0
+        else:
+            nodes = logs[row - used + 1 : row + 1].flip(0) - logs[row]
+            weights[row, :used] = _integrals(nodes, float(torch.log(walk.high[row] / walk.down[row])))
+    return _remembering(walk, walk.down / walk.high, weights[:, 0], weights[:, 1:], torch.sqrt(walk.jump))
+
+
+def _integrals(nodes: Tensor, h: float) -> Tensor:
+    """∫₀ʰ e^(u − h)·ℓⱼ(u) du for the Lagrange polynomials ℓⱼ of `nodes` [p], by Gauss-Legendre quadrature."""
+    places, weights = _gauss_legendre()
+    u = 0.5 * h * (places + 1)
+    weighted = 0.5 * h * weights * torch.exp(u - h)
+    values = []
+    for j, node in enumerate(nodes):
+        others = torch.cat((nodes[:j], nodes[j + 1 :]))
+        values.append((weighted * ((u[:, None] - others) / (node - others)).prod(dim=1)).sum())
+    return torch.stack(values)
+
+
+@functools.cache
+def _gauss_legendre(count: int = 40) -> tuple[Tensor, Tensor]:
+    """Places in (-1, 1) and weights of the quadrature, by the eigenvalues of Golub & Welsch 1969."""
+    n = torch.arange(1, count, dtype=torch.float64)
+    beside = n / torch.sqrt(4 * n**2 - 1)
+    places, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
+    return places, 2 * vectors[0] ** 2
+
+
+def _remembering(walk: _Walk, a: Tensor, b: Tensor, c: Tensor, s: Tensor) -> Plan:
+    """A plan with one row an interval, that remembers D."""
+    return Plan(walk.high, walk.after, a, b, c, s, torch.zeros_like(a), torch.ones_like(a))
+
+
+def _times(coefficient: Tensor, x: Tensor) -> Tensor:
+    """Coefficients [B] or [1] times pictures [B, …]."""
+    return coefficient.to(x.device, x.dtype).reshape(-1, *[1] * (x.ndim - 1)) * x
+
+
+_PLANNERS: dict[SamplerName, Callable[[_Walk, SamplerConfig], Plan]] = {
+    "ddim": lambda walk, config: _ancestral(walk, config.eta),
+    "euler": lambda walk, _: _ancestral(walk, 0.0),
+    "ddpm": lambda walk, _: _ancestral(walk, 1.0),
+    "euler_ancestral": lambda walk, _: _ancestral(walk, 1.0),
+    "heun": _heun,
+    "dpmpp_2m": lambda walk, config: _dpmpp_2m(walk, config, 0.0),
+    "dpmpp_2m_sde": lambda walk, config: _dpmpp_2m(walk, config, config.eta),
+    "ipndm_4": lambda walk, _: _ipndm_4(walk),
+    "exponential_3": lambda walk, _: _exponential(walk, 3),
+    "exponential_4": lambda walk, _: _exponential(walk, 4),
 }

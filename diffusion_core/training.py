@@ -1,22 +1,34 @@
 """One optimisation step, and nothing else: what the training stage, its tests and its benchmarks all call."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
+from diffusion_core import checks
+from diffusion_core.config import Weighting
 from diffusion_core.denoiser import Denoiser
-from diffusion_core.ema import gamma_of_width, new_ema, update_ema
+from diffusion_core.ema import Profile, new_ema, update_ema
 from diffusion_core.losses import per_sample_loss
 from diffusion_core.noise import derive_seeds, normal, uniform
-from diffusion_core.schedules import log_normal_sigma
+from diffusion_core.schedules import SigmaDistribution, stratify
+from diffusion_core.unet import Block, UNet
 
 
 @dataclass(frozen=True)
 class Optimisation:
-    """The settings of the optimiser: AdamW, linear warm-up, cosine decay to 0 at `steps`, gradient clipping, EMA."""
+    """The settings of the optimiser: AdamW, linear warm-up, cosine decay to 0 at `steps`, gradient clipping, EMA.
+
+    `micro_batches` cuts a rank's batch for memory's sake. "bfloat16" runs the network under autocast; weights and
+    averages stay float32. `stratified` spreads sigma evenly over the batch of `global_batch_size`.
+    """
 
     steps: int
     learning_rate: float
@@ -24,27 +36,70 @@ class Optimisation:
     clip: float
     weight_decay: float
     label_dropout: float
-    ema: float
+    ema: tuple[Profile, ...]
     seed: int
+    global_batch_size: int
+    weighting: Weighting = "unit"
+    weighting_gamma: float = 5.0
+    sigma: SigmaDistribution = field(default_factory=SigmaDistribution)
+    stratified: bool = True
+    micro_batches: int = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        """Raise ValueError on settings that no run can have."""
+        if self.micro_batches < 1 or self.global_batch_size < 1:
+            raise ValueError(
+                f"micro_batches, global_batch_size: {self.micro_batches}, {self.global_batch_size}; need at least 1"
+            )
+        if not 0.0 <= self.label_dropout <= 1.0:
+            raise ValueError(f"label_dropout: {self.label_dropout}; need 0 to 1")
+
+
+class Batch(NamedTuple):
+    """A rank's share of a global batch: pictures [B, C, H, W] in [-1, 1], labels [B] or None, ids and places [B].
+
+    `ids` name the samples; `place` counts them through the global batch, from 0.
+    """
+
+    x0: Tensor
+    label: Tensor | None
+    ids: Tensor
+    place: Tensor
+
+    def micro_batches(self, count: int) -> list["Batch"]:
+        """The batch cut into at most `count` parts."""
+        labels = (None,) * count if self.label is None else self.label.chunk(count)
+        parts = zip(self.x0.chunk(count), labels, self.ids.chunk(count), self.place.chunk(count), strict=False)
+        return [Batch(*part) for part in parts]
 
 
 @dataclass
 class TrainState:
-    """All that a training run carries from step to step."""
+    """All that a training run carries from step to step. `network` is bare where the denoiser holds a wrapped one."""
 
     denoiser: Denoiser
+    network: nn.Module
     optimizer: torch.optim.Optimizer
-    ema: dict[str, Tensor]
+    ema: list[dict[str, Tensor]]
     step: int = 0
-    gamma: float = field(default=0.0)
 
 
-def new_state(denoiser: Denoiser, weights: nn.Module, settings: Optimisation) -> TrainState:
-    """A state before the first step. `weights` is the bare network, also where the denoiser holds a wrapped one."""
+def new_state(denoiser: Denoiser, network: nn.Module, settings: Optimisation) -> TrainState:
+    """A state before the first step. `network` is the bare network, also where the denoiser holds a wrapped one."""
     optimizer = torch.optim.AdamW(
-        weights.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.99)
+        network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.99)
     )
-    return TrainState(denoiser, optimizer, new_ema(weights), gamma=gamma_of_width(settings.ema))
+    return TrainState(denoiser, network, optimizer, [new_ema(network) for _ in settings.ema])
+
+
+def shard(network: UNet, mesh: DeviceMesh) -> UNet:
+    """The network with every block's parameters sharded over `mesh` (FSDP2), gathered one block at a time."""
+    for module in network.modules():
+        if isinstance(module, Block):
+            fully_shard(module, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+    return network
 
 
 def learning_rate(step: int, settings: Optimisation) -> float:
@@ -55,37 +110,87 @@ def learning_rate(step: int, settings: Optimisation) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def loss_of(denoiser: Denoiser, x0: Tensor, label: Tensor | None, ids: Tensor, step: int, s: Optimisation) -> Tensor:
-    """Mean loss of x0 [B, C, H, W] with sigma, noise and label dropout keyed by (seed, step, sample id [B])."""
-    seeds = derive_seeds(s.seed, ids)
-    sigma = log_normal_sigma(uniform(seeds, "train_sigma", step))
-    noise = normal(seeds, "train_noise", step, x0.shape[1:], x0.dtype)
+def losses_of(denoiser: Denoiser, batch: Batch, step: int, settings: Optimisation) -> Tensor:
+    """Losses [B] with sigma, noise and label dropout keyed by (seed, step, sample id), whatever the batch is cut to."""
+    seeds, label = derive_seeds(settings.seed, batch.ids), batch.label
+    noise = normal(seeds, "train_noise", step, batch.x0.shape[1:], batch.x0.dtype)
     if label is not None:
-        dropped = uniform(seeds, "train_label", step) < s.label_dropout
+        dropped = uniform(seeds, "train_label", step) < settings.label_dropout
         label = torch.where(dropped, denoiser.config.unet.classes, label)
-    return per_sample_loss(denoiser, x0, sigma.to(x0.dtype), noise, label).mean()
+    sigma = settings.sigma.sigma(_quantiles(seeds, batch, step, settings)).to(batch.x0.dtype)
+    return per_sample_loss(denoiser, batch.x0, sigma, noise, label, settings.weighting, settings.weighting_gamma)
 
 
-def train_step(
-    state: TrainState, weights: nn.Module, x0: Tensor, label: Tensor | None, ids: Tensor, settings: Optimisation
-) -> tuple[TrainState, float]:
-    """One step on x0 [B, C, H, W] in [-1, 1]; returns the state (updated in place) and the mean loss.
+def train_step(state: TrainState, batch: Batch, settings: Optimisation) -> tuple[TrainState, float]:
+    """One step; returns the state (updated in place) and the mean loss of the batch.
 
-    Raises FloatingPointError where the loss is not finite; the weights are then as they were before.
+    Raises ValueError on a batch that is no batch of pictures in [-1, 1], and FloatingPointError where loss or
+    gradient is not finite; the weights are then as they were before.
     """
+    _check(batch, state.denoiser)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, settings)
-    loss = loss_of(state.denoiser, x0, label, ids, state.step, settings)
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise FloatingPointError(
-            f"loss: {value} at step {state.step}; lower the learning rate ({settings.learning_rate})"
-        )
     state.optimizer.zero_grad(set_to_none=True)
-    backward: Callable[[], None] = loss.backward
-    backward()
-    nn.utils.clip_grad_norm_(weights.parameters(), settings.clip)
+    loss = _accumulate(state, batch, settings)
+    norm = _full(nn.utils.clip_grad_norm_(state.network.parameters(), settings.clip))
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        state.optimizer.zero_grad(set_to_none=True)
+        raise FloatingPointError(
+            f"loss: {loss}, gradient norm {norm} at step {state.step}; "
+            f"lower the learning rate ({settings.learning_rate})"
+        )
     state.optimizer.step()
     state.step += 1
-    update_ema(state.ema, weights, state.step, state.gamma)
-    return state, value
+    for average, profile in zip(state.ema, settings.ema, strict=True):
+        update_ema(average, state.network, state.step, profile)
+    return state, loss
+
+
+def _accumulate(state: TrainState, batch: Batch, settings: Optimisation) -> float:
+    """Gradients of the batch's mean loss, one micro-batch after the other; ranks exchange them at the last."""
+    parts, total = batch.micro_batches(settings.micro_batches), 0.0
+    for number, part in enumerate(parts, start=1):
+        with _exchange(state.denoiser.network, number == len(parts)):
+            device = part.x0.device.type
+            with torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+                loss = losses_of(state.denoiser, part, state.step, settings).sum() / len(batch.x0)
+            backward: Callable[[], None] = loss.backward
+            backward()
+        total += float(loss.detach())
+    return total
+
+
+def _exchange(network: nn.Module, exchanges: bool) -> contextlib.AbstractContextManager[object]:
+    """Where gradients are averaged over ranks: after the last micro-batch alone."""
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(exchanges)
+    if isinstance(network, DistributedDataParallel) and not exchanges:
+        waits: contextlib.AbstractContextManager[object] = network.no_sync()
+        return waits
+    return contextlib.nullcontext()
+
+
+def _quantiles(seeds: Tensor, batch: Batch, step: int, settings: Optimisation) -> Tensor:
+    """Quantiles [B] of the sigma distribution."""
+    if not settings.stratified:
+        return uniform(seeds, "train_sigma", step)
+    shared = derive_seeds(settings.seed, torch.full_like(batch.ids[:1], -1))
+    return stratify(uniform(shared, "train_sigma", step), batch.place, settings.global_batch_size)
+
+
+def _full(norm: Tensor) -> float:
+    """The norm over all ranks, also of sharded gradients."""
+    whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return float(whole)
+
+
+def _check(batch: Batch, denoiser: Denoiser) -> None:
+    """Raise ValueError unless the batch is what `Batch` says."""
+    checks.picture_batch("x0", batch.x0, denoiser.config.unet.channels)
+    checks.within("x0", batch.x0, -1.0, 1.0)
+    checks.labels("label", batch.label, len(batch.x0))
+    checks.classes("label", batch.label, denoiser.config.unet.classes)
+    for name, values in (("ids", batch.ids), ("place", batch.place)):
+        checks.seeds(name, values)
+        if len(values) != len(batch.x0):
+            raise ValueError(f"{name}: {len(values)} for {len(batch.x0)} pictures; need one for each")

@@ -14,10 +14,10 @@ from pipelines.config import PipelineError
 _KEPT = 2
 
 
-def save(run: str, state: TrainState, weights: torch.nn.Module, curve: list[list[float]]) -> str:
+def save(run: str, state: TrainState, curve: list[list[float]]) -> str:
     """Write the state after `state.step` steps below the run's URI; keeps the last two. Returns its URI."""
     folder = _folder(run, state.step)
-    part = storage.put_part(folder, "state", ".safetensors", safetensors.torch.save(_tensors(state, weights)))
+    part = storage.put_part(folder, "state", ".safetensors", safetensors.torch.save(_tensors(state)))
     storage.publish(folder, {"kind": "checkpoint", "schema": 1, "step": state.step, "parts": [part], "curve": curve})
     for step in steps(run)[:-_KEPT]:
         storage.remove_folder(_folder(run, step))
@@ -31,8 +31,8 @@ def steps(run: str) -> list[int]:
     return sorted(int(name.removeprefix("step-")) for name in names)
 
 
-def restore(run: str, state: TrainState, weights: torch.nn.Module) -> tuple[TrainState, list[list[float]]]:
-    """The newest whole checkpoint put into `state` and `weights`, with its loss curve; unchanged where there is none.
+def restore(run: str, state: TrainState) -> tuple[TrainState, list[list[float]]]:
+    """The newest whole checkpoint put into `state`, with its loss curve; unchanged where there is none.
 
     Raises StorageError where its bytes are not those that its manifest promised.
     """
@@ -47,9 +47,10 @@ def restore(run: str, state: TrainState, weights: torch.nn.Module) -> tuple[Trai
         raise PipelineError(
             f"{folder}: not a checkpoint of this version ({error}); delete it to start again"
         ) from error
-    weights.load_state_dict(_under(tensors, "weights."))
-    for name, value in _under(tensors, "ema.").items():
-        state.ema[name].copy_(value)
+    state.network.load_state_dict(_under(tensors, "weights."))
+    for number, average in enumerate(state.ema):
+        for name, value in _under(tensors, f"ema.{number}.").items():
+            average[name].copy_(value)
     _load_optimizer(state.optimizer, _under(tensors, "optimizer."))
     state.step = int(manifest["step"])
     return state, [list(row) for row in manifest["curve"]]
@@ -59,10 +60,11 @@ def _folder(run: str, step: int) -> str:
     return storage.join(run, "checkpoints", f"step-{step:07}")
 
 
-def _tensors(state: TrainState, weights: torch.nn.Module) -> dict[str, Tensor]:
+def _tensors(state: TrainState) -> dict[str, Tensor]:
     """All tensors of the state under flat names."""
-    tensors = {f"weights.{name}": value for name, value in weights.state_dict().items()}
-    tensors |= {f"ema.{name}": value for name, value in state.ema.items()}
+    tensors = {f"weights.{name}": value for name, value in state.network.state_dict().items()}
+    for number, average in enumerate(state.ema):
+        tensors |= {f"ema.{number}.{name}": value for name, value in average.items()}
     for index, slots in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
     return {name: value.contiguous() for name, value in tensors.items()}

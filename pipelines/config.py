@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
-from diffusion_core.config import PRESETS, GridName, Prediction, SamplerConfig, SamplerName
+from diffusion_core.config import PRESETS, GridName, Prediction, SamplerConfig, SamplerName, ScheduleName, Weighting
 
 
 class PipelineError(Exception):
@@ -96,6 +96,11 @@ class TrainOptions(Settings):
 
     preset: str = Field("cpu-small", description="network: " + ", ".join(PRESETS))
     prediction: Prediction = Field("edm", description="what the network predicts")
+    weighting: Weighting = Field("unit", description="weight of the loss by noise level")
+    sigma: Literal["log_normal", "uniform_t"] = Field("log_normal", description="noise levels drawn in training")
+    schedule: ScheduleName = Field("edm", description="what uniform in t means, in training and in sampling grids")
+    stratified: bool = Field(True, description="spread the noise levels evenly over a batch")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="arithmetic inside the network")
     steps: int = Field(900, ge=1, description="optimisation steps")
     global_batch_size: int = Field(32, ge=1, description="pictures in a step, over all workers")
     streams: int = Field(4, ge=1, description="parallel reading positions; divides the batch, divided by the workers")
@@ -109,6 +114,12 @@ class TrainOptions(Settings):
     seed: int = Field(0, ge=0, description="keys weights, order, noise and sigma")
     workers: Annotated[int, How()] = Field(
         0, ge=0, description="training processes; 0 takes one per GPU, else per core, up to 2"
+    )
+    micro_batches: Annotated[int, How()] = Field(
+        1, ge=1, description="parts that a worker's batch is cut into, to need less memory"
+    )
+    activation_checkpointing: Annotated[bool, How()] = Field(
+        False, description="compute activations again in the backward pass, to need less memory"
     )
     checkpoint_every: Annotated[int, How()] = Field(200, ge=1, description="steps between checkpoints")
 

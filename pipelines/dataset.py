@@ -167,6 +167,13 @@ class SampleStream:
         own = range(self.rank, self.streams, self.world)
         return np.concatenate([self._stretch(epoch, s)[k * share : (k + 1) * share] for s in own])
 
+    def places(self) -> NDArray[np.int64]:
+        """Places in the global batch of this rank's share, in the order of `indices`; the same in every batch."""
+        share = self.global_batch_size // self.streams
+        return np.concatenate(
+            [np.arange(s * share, (s + 1) * share) for s in range(self.rank, self.streams, self.world)]
+        )
+
     def batches(self, first: int) -> Iterator[Rows]:
         """The rank's share of global batch `first`, first + 1, …, without end and without reading what was before."""
         reader = _RowReader(self.dataset, self.split)

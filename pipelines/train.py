@@ -13,8 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from diffusion_core.config import PRESETS, ModelConfig
 from diffusion_core.denoiser import Denoiser
+from diffusion_core.ema import Profile
 from diffusion_core.noise import derive_seeds, uniform
-from diffusion_core.training import Optimisation, TrainState, new_state, train_step
+from diffusion_core.schedules import SigmaDistribution
+from diffusion_core.training import Batch, Optimisation, TrainState, new_state, train_step
 from diffusion_core.unet import UNet
 from pipelines import checkpoint, storage
 from pipelines.config import Outcome, PipelineError, TrainConfig, identity, what
@@ -23,7 +25,7 @@ from pipelines.images import to_floats
 from pipelines.model import publish_model
 from pipelines.progress import Progress, print_line, printed_board
 
-VERSION = 1
+VERSION = 2
 _LOG_EVERY = 10
 _MAX_WORKERS = 2
 _RESTARTS = 3
@@ -56,14 +58,19 @@ def model_config(config: TrainConfig, dataset: Dataset) -> ModelConfig:
         )
     except ValueError as error:
         raise PipelineError(f"preset {config.preset} on {dataset.uri}: {error}") from error
-    return ModelConfig(unet, config.prediction, dataset.sigma_data, class_names=dataset.class_names)
+    return ModelConfig(
+        unet, config.prediction, dataset.sigma_data, class_names=dataset.class_names, schedule=config.schedule
+    )
 
 
 def optimisation(config: TrainConfig) -> Optimisation:
     """The core's view of the settings."""
     return Optimisation(
         steps=config.steps, learning_rate=config.learning_rate, warmup=config.warmup, clip=config.clip,
-        weight_decay=config.weight_decay, label_dropout=config.label_dropout, ema=config.ema, seed=config.seed,
+        weight_decay=config.weight_decay, label_dropout=config.label_dropout, ema=(Profile("power", config.ema),),
+        seed=config.seed, global_batch_size=config.global_batch_size, weighting=config.weighting,
+        sigma=SigmaDistribution(config.sigma, schedule=config.schedule), stratified=config.stratified,
+        micro_batches=config.micro_batches, precision=config.precision,
     )  # fmt: skip
 
 
@@ -134,15 +141,16 @@ def train_on_rank(
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     dataset, settings = open_dataset(config.dataset), optimisation(config)
     uri = run_uri(config, dataset)
-    network, state = _new_run(config, dataset, settings, device, world)
-    state, curve = checkpoint.restore(uri, state, network)
+    state = _new_run(config, dataset, settings, device, world)
+    state, curve = checkpoint.restore(uri, state)
     stream = SampleStream(dataset, "train", config.seed, config.global_batch_size, config.streams, rank, world)
     progress = Progress("train", config.steps, "steps", done=state.step, emit=emit)
     losses: list[float] = []
-    batches, classes = stream.batches(state.step), len(dataset.class_names)
+    batches, place = stream.batches(state.step), torch.from_numpy(stream.places()).to(device)
+    classes = len(dataset.class_names)
     while state.step < config.steps:
-        x0, label, ids = _tensors(next(batches), device, config, state.step, classes)
-        state, loss = train_step(state, network, x0, label, ids, settings)
+        batch = Batch(*_tensors(next(batches), device, config, state.step, classes), place)
+        state, loss = train_step(state, batch, settings)
         losses.append(loss)
         if state.step % _LOG_EVERY == 0 or state.step == config.steps:
             curve.append([float(state.step), _mean_over_ranks(losses, world, device)])
@@ -150,7 +158,7 @@ def train_on_rank(
             if rank == 0:
                 progress.update(state.step, f"loss {curve[-1][1]:.4f}", config.global_batch_size, "pictures")
         if rank == 0 and (state.step % config.checkpoint_every == 0 or state.step == config.steps):
-            checkpoint.save(uri, state, network, curve)
+            checkpoint.save(uri, state, curve)
     if rank == 0:
         _publish(config, dataset, state, curve)
     if world > 1:
@@ -159,13 +167,14 @@ def train_on_rank(
 
 def _new_run(
     config: TrainConfig, dataset: Dataset, settings: Optimisation, device: torch.device, world: int
-) -> tuple[UNet, TrainState]:
-    """The bare network and the state around it, the same on every rank."""
+) -> TrainState:
+    """The state before the first step, the same on every rank."""
     model = model_config(config, dataset)
     torch.manual_seed(config.seed)
-    network = UNet(model.unet).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = UNet(model.unet, config.activation_checkpointing)
+    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     wrapped = DistributedDataParallel(network) if world > 1 else network
-    return network, new_state(Denoiser(wrapped, model), network, settings)
+    return new_state(Denoiser(wrapped, model), network, settings)
 
 
 def _tensors(
@@ -191,4 +200,4 @@ def _mean_over_ranks(losses: list[float], world: int, device: torch.device) -> f
 def _publish(config: TrainConfig, dataset: Dataset, state: TrainState, curve: list[list[float]]) -> None:
     """The EMA as a model folder."""
     lineage = {"name": config.name, "settings": what(config), "dataset": dataset.uri, "dataset_digest": dataset.digest}
-    publish_model(_published(config, dataset), state.denoiser.config, state.ema, lineage, curve)
+    publish_model(_published(config, dataset), state.denoiser.config, state.ema[0], lineage, curve)

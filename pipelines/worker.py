@@ -7,11 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_core.denoiser import guided
+from diffusion_core.denoiser import guidance, guided
 from diffusion_core.inpainting import KnownRegion, Resampling, denoise_plan, repaint_plan
 from diffusion_core.noise import derive_seeds
-from diffusion_core.samplers import Plan, make_plan, sample, start_noise
-from diffusion_core.schedules import sigma_grid
+from diffusion_core.samplers import Plan, make_plan, model_grid, sample, start_noise
 from pipelines.images import Pixels, to_bytes, to_floats
 from pipelines.model import Model, load_model
 from pipelines.requests import ImageRequest, check, label_of, level_of, mask_of, picture_of
@@ -63,9 +62,10 @@ class Worker:
         batch = requests + [requests[-1]] * (self._width(len(requests)) - len(requests))
         seeds = torch.tensor([request.seed for request in batch], dtype=torch.int64, device=self.device)
         plan, x, known = self._begin(batch, seeds)
-        label, guidance = self._conditioning(batch)
+        label, scale = self._conditioning(batch)
+        how = guidance(scale)
         x = sample(
-            lambda x, sigma: guided(self.model.denoiser, x, sigma, label, guidance),
+            lambda x, sigma: guided(self.model.denoiser, x, sigma, label, how),
             plan, x.contiguous(memory_format=torch.channels_last), seeds, known,
         )  # fmt: skip
         return list(to_bytes(x[: len(requests)].cpu().numpy()))
@@ -78,7 +78,7 @@ class Worker:
         """The table, the starting point and the constraint of requests of one kind."""
         first, config = batch[0], self.model.config
         sampler = first.sampler_config()
-        sigmas = sigma_grid(sampler.grid, sampler.steps, config.sigma_min, config.sigma_max)
+        sigmas = model_grid(sampler, config)
         if first.task == "denoise":
             return denoise_plan(sampler, sigmas, level_of(first, config)), self._pictures(batch), None
         shape = (config.unet.channels, config.unet.resolution, config.unet.resolution)
@@ -95,11 +95,11 @@ class Worker:
         return torch.from_numpy(to_floats(pixels)).to(self.device)
 
     def _conditioning(self, batch: list[ImageRequest]) -> tuple[Tensor | None, Tensor]:
-        """Labels [B] (None for a model without classes) and guidance [B]."""
+        """Labels [B] (None for a model without classes) and guidance scales [B]."""
         labels = [label_of(request, self.model.config) for request in batch]
-        guidance = torch.tensor([request.guidance_scale for request in batch], device=self.device)
+        scale = torch.tensor([request.guidance_scale for request in batch], device=self.device)
         known = [label for label in labels if label is not None]
-        return (torch.tensor(known, device=self.device) if known else None), guidance
+        return (torch.tensor(known, device=self.device) if known else None), scale
 
 
 def load_worker(model_uri: str, device: str = "auto", lanes: int = LANES) -> Worker:
