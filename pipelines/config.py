@@ -7,9 +7,9 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
 from diffusion_core.config import PRESETS, GridName, Prediction, SamplerConfig, SamplerName, ScheduleName, Weighting
@@ -143,11 +143,21 @@ class SampleOptions(Settings):
     sampler: SamplerName = Field("dpmpp_2m", description="sampler")
     steps: int = Field(18, ge=1, le=1000, description="denoiser calls for a picture")
     grid: GridName = Field("karras", description="spacing of the noise levels")
+    eta: float = Field(0.0, ge=0.0, le=1.0, description="fresh noise of ddim and dpmpp_2m_sde; others fix their own")
     guidance_scale: float = Field(1.5, ge=0.0, le=20.0, description="classifier-free guidance; 1 is off")
+    guidance_low: float = Field(0.0, ge=0.0, description="no guidance at noise levels up to this")
+    guidance_high: float = Field(1000.0, gt=0.0, description="no guidance at noise levels above this")
+    guidance_rescale: float = Field(0.0, ge=0.0, le=1.0, description="how far to undo the contrast that guidance adds")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.guidance_low > self.guidance_high:
+            raise ValueError(f"guidance_low: {self.guidance_low} is above guidance_high={self.guidance_high}")
+        return self
 
     def sampler_config(self) -> SamplerConfig:
         """The core's own settings."""
-        return SamplerConfig(sampler=self.sampler, steps=self.steps, grid=self.grid)
+        return SamplerConfig(sampler=self.sampler, steps=self.steps, grid=self.grid, eta=self.eta)
 
 
 class GenerateOptions(SampleOptions):

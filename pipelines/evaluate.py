@@ -80,7 +80,7 @@ def _http_painter(url: str) -> Painter:
 
 def _ask(client: httpx.Client, request: ImageRequest) -> Pixels:
     """One request over HTTP. Raises PipelineError with the service's own words."""
-    fields = request.model_dump(include={"prompt", "seed", "steps", "sampler", "grid", "guidance_scale"})
+    fields = request.model_dump(include={"prompt", "seed", *SampleOptions.model_fields})
     if request.task == "generate":
         answer = client.post("/v1/images/generations", json=fields)
     elif request.task == "inpaint":

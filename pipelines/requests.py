@@ -54,6 +54,11 @@ def label_of(request: ImageRequest, model: ModelConfig) -> int | None:
 def check(request: ImageRequest, model: ModelConfig) -> None:
     """Refuse what the model cannot do, by RequestError, before any work."""
     label_of(request, model)
+    own = 0 if model.timesteps is None else model.timesteps.count
+    if request.grid == "timesteps" and request.steps > own:
+        raise RequestError(
+            "grid", f"{request.steps} steps on a model with {own} timesteps of its own; take another grid"
+        )
     if request.task != "generate":
         picture_of(request, model)
     if request.task == "inpaint":

@@ -12,11 +12,11 @@ from typing import Annotated, Any
 
 import fastapi
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from ray import serve
 
-from diffusion_core.config import GridName, ModelConfig, SamplerName
-from pipelines.config import Outcome, PipelineError, ServeConfig
+from diffusion_core.config import ModelConfig
+from pipelines.config import Outcome, PipelineError, SampleOptions, ServeConfig
 from pipelines.images import to_png
 from pipelines.model import load_model, newest_model
 from pipelines.requests import ImageRequest, RequestError, Task, check
@@ -28,10 +28,8 @@ _WAIT_S = 0.01
 _MAX_N = 64
 
 
-class ImageOptions(BaseModel):
+class ImageOptions(SampleOptions):
     """What every request may say; unknown fields are errors."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str | None = Field(None, description="name of the model; see GET /v1/models")
     prompt: str = Field("", description="a class of the model, or empty for any")
@@ -40,10 +38,6 @@ class ImageOptions(BaseModel):
     response_format: str = Field("b64_json", pattern="^b64_json$")
     output_format: str = Field("png", pattern="^png$")
     seed: int | None = Field(None, ge=0, lt=2**62, description="keys the pictures; drawn and returned where absent")
-    steps: int = Field(18, ge=1, le=1000, description="denoiser calls")
-    sampler: SamplerName = Field("dpmpp_2m", description="sampler")
-    grid: GridName = Field("karras", description="spacing of the noise levels")
-    guidance_scale: float = Field(1.5, ge=0.0, le=20.0, description="classifier-free guidance; 1 is off")
 
 
 class EditForm(ImageOptions):
@@ -153,7 +147,7 @@ class Images:
         about = await self._about()
         seed = options.seed if options.seed is not None else secrets.randbits(53)
         self._check_options(options, about)
-        settings = options.model_dump(include={"prompt", "steps", "sampler", "grid", "guidance_scale"})
+        settings = options.model_dump(include={"prompt", *SampleOptions.model_fields})
         seeds = [picture_seed(seed, index) for index in range(options.n)]
         requests = [ImageRequest(task=task, seed=own, **settings, **picture) for own in seeds]
         check(requests[0], ModelConfig.from_dict(about["config"]))

@@ -2,18 +2,21 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor
 
-from diffusion_core.denoiser import guidance, guided
+from diffusion_core.denoiser import Guidance, guided
 from diffusion_core.inpainting import KnownRegion, Resampling, denoise_plan, repaint_plan
 from diffusion_core.noise import derive_seeds
 from diffusion_core.samplers import Plan, make_plan, model_grid, sample, start_noise
 from pipelines.images import Pixels, to_bytes, to_floats
 from pipelines.model import Model, load_model
-from pipelines.requests import ImageRequest, check, label_of, level_of, mask_of, picture_of
+from pipelines.requests import ImageRequest, RequestError, check, label_of, level_of, mask_of, picture_of
 
 LANES = 32
 # On a CPU, batches of four and more run the same kernels, so that a sample's bits do not depend on its neighbours.
@@ -62,8 +65,7 @@ class Worker:
         batch = requests + [requests[-1]] * (self._width(len(requests)) - len(requests))
         seeds = torch.tensor([request.seed for request in batch], dtype=torch.int64, device=self.device)
         plan, x, known = self._begin(batch, seeds)
-        label, scale = self._conditioning(batch)
-        how = guidance(scale)
+        label, how = self._conditioning(batch)
         x = sample(
             lambda x, sigma: guided(self.model.denoiser, x, sigma, label, how),
             plan, x.contiguous(memory_format=torch.channels_last), seeds, known,
@@ -94,12 +96,22 @@ class Worker:
         pixels = np.stack([picture_of(request, self.model.config) for request in batch])
         return torch.from_numpy(to_floats(pixels)).to(self.device)
 
-    def _conditioning(self, batch: list[ImageRequest]) -> tuple[Tensor | None, Tensor]:
-        """Labels [B] (None for a model without classes) and guidance scales [B]."""
+    def _conditioning(self, batch: list[ImageRequest]) -> tuple[Tensor | None, Guidance]:
+        """Labels [B] (None for a model without classes) and guidance."""
         labels = [label_of(request, self.model.config) for request in batch]
-        scale = torch.tensor([request.guidance_scale for request in batch], device=self.device)
+        asked = [(r.guidance_scale, r.guidance_low, r.guidance_high, r.guidance_rescale) for r in batch]
+        how = Guidance(*torch.tensor(asked, device=self.device).unbind(1))
         known = [label for label in labels if label is not None]
-        return (torch.tensor(known, device=self.device) if known else None), scale
+        return (torch.tensor(known, device=self.device) if known else None), how
+
+    def sample(self, prompt: str = "", n: int = 1, seed: int = 0, **options: Any) -> list[Image.Image]:
+        """`n` pictures of the class `prompt` (empty: of any), the same that the service gives for this request.
+
+        `options` are those of `SampleOptions`: steps, sampler, grid, eta, guidance_scale and so on. Raises RequestError
+        on a class, an option or a value that this model does not take.
+        """
+        seeds = [picture_seed(seed, index) for index in range(n)]
+        return [Image.fromarray(pixels) for pixels in self.paint([_request(prompt, own, options) for own in seeds])]
 
 
 def load_worker(model_uri: str, device: str = "auto", lanes: int = LANES) -> Worker:
@@ -112,11 +124,21 @@ def picture_seed(seed: int, index: int) -> int:
     return int(derive_seeds(seed, torch.tensor([index], dtype=torch.int64))[0])
 
 
+def _request(prompt: str, seed: int, options: dict[str, Any]) -> ImageRequest:
+    """A request from Python, refused in one line where it is none."""
+    try:
+        return ImageRequest(prompt=prompt, seed=seed, **options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RequestError(".".join(map(str, first["loc"])), f"{first.get('input')!r}: {first['msg']}") from error
+
+
 def _groups(requests: Sequence[ImageRequest], lanes: int) -> Iterator[list[int]]:
     """Indices of requests that may share a batch, at most `lanes` each."""
     kinds: dict[object, list[int]] = {}
     for index, request in enumerate(requests):
-        key = (request.task, request.sampler_config(), request.guidance_scale == 1.0, request.noise_level)
+        guided_at = request.guidance_scale != 1.0 and (request.guidance_low, request.guidance_high)
+        key = (request.task, request.sampler_config(), guided_at, request.noise_level)
         kinds.setdefault(key, []).append(index)
     for members in kinds.values():
         for start in range(0, len(members), lanes):
