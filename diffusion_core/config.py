@@ -61,7 +61,7 @@ class UNetConfig:
             )
         for width in self.widths:
             if width < 2 or width % 2 or width % self.groups:
-                raise ValueError(f"widths: {width} is not even and a multiple of groups={self.groups}")
+                raise ValueError(f"widths: {width}; need even multiples of groups={self.groups}")
         self._check_attention(halvings)
 
     def _check_attention(self, halvings: int) -> None:
@@ -74,7 +74,7 @@ class UNetConfig:
 
 
 # Parameters: 0.2 M, 1.0 M, 5.9 M, 38 M (the shape of Ho et al. 2020), 45 M, 276 M (the shape of Dhariwal & Nichol
-# 2021 for 64x64), 312 M. `resolution` is what each was sized for; any multiple of 2^(levels - 1) will do.
+# 2021 for 64x64), 283 M. `resolution` is what each was sized for; any multiple of 2^(levels - 1) will do.
 PRESETS: dict[str, UNetConfig] = {
     "tiny": UNetConfig(resolution=8, widths=(16, 32), attention=(1,), head_channels=32, groups=8),
     "cpu-small": UNetConfig(),
@@ -83,7 +83,7 @@ PRESETS: dict[str, UNetConfig] = {
     "medium-64": UNetConfig(resolution=64, widths=(128, 256, 384), blocks=2, attention=(1, 2), groups=32),
     "adm-64": UNetConfig(resolution=64, widths=(192, 384, 576, 768), blocks=3, attention=(1, 2, 3), groups=32),
     "adm-256": UNetConfig(
-        resolution=256, widths=(128, 256, 256, 512, 512, 768), blocks=2, attention=(3, 4, 5), groups=32
+        resolution=256, widths=(128, 256, 256, 512, 768, 768), blocks=2, attention=(3, 4, 5), groups=32
     ),
 }
 

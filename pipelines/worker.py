@@ -110,6 +110,8 @@ class Worker:
         `options` are those of `SampleOptions`: steps, sampler, grid, eta, guidance_scale and so on. Raises RequestError
         on a class, an option or a value that this model does not take.
         """
+        if not 0 <= seed < 2**62 or n < 1:
+            raise RequestError("seed, n", f"{seed}, {n}; need 0 to 2^62 - 1, and at least 1")
         seeds = [picture_seed(seed, index) for index in range(n)]
         return [Image.fromarray(pixels) for pixels in self.paint([_request(prompt, own, options) for own in seeds])]
 
@@ -130,7 +132,8 @@ def _request(prompt: str, seed: int, options: dict[str, Any]) -> ImageRequest:
         return ImageRequest(prompt=prompt, seed=seed, **options)
     except ValidationError as error:
         first = error.errors()[0]
-        raise RequestError(".".join(map(str, first["loc"])), f"{first.get('input')!r}: {first['msg']}") from error
+        field = ".".join(map(str, first["loc"])) or "options"
+        raise RequestError(field, f"{first.get('input')!r}: {first['msg']}") from error
 
 
 def _groups(requests: Sequence[ImageRequest], lanes: int) -> Iterator[list[int]]:

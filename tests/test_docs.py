@@ -1,12 +1,14 @@
 import re
 import subprocess
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from conftest import ROOT
 
 import flows
-from pipelines.config import PipelineError, parse
+from diffusion_core.config import PRESETS, GridName, Prediction, SamplerName, ScheduleName, Weighting
+from pipelines.config import PipelineError, SampleOptions, parse
 from pipelines.jobs import STAGES
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -39,6 +41,36 @@ def test_every_command_that_is_shown_exists_with_its_settings(command):
         program, kind, flags = "pipelines", STAGES[words[3]].config, words[4:]
     if "--help" not in flags:
         parse(kind, program, flags)
+
+
+def test_the_python_that_is_shown_runs_and_prints_what_is_shown(tiny_model, tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs/python.md").read_text()
+    pipeline, core = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    store, _, name = tiny_model.partition("/models/")
+    monkeypatch.chdir(tmp_path)
+    exec(pipeline.replace('"runs/demo", "cartoons"', f'"{store}", "{name.split("/")[0]}"'), {})
+    assert (tmp_path / "penguin.png").exists()
+    exec(core, {})
+    assert f"prints `{capsys.readouterr().out.strip()}`." in page
+
+
+def test_options_shown_for_python_are_all_that_there_are_with_their_defaults():
+    rows = re.findall(r"^\| (`[^|]*) \| [^|]* \| ([^|]*) \|$", (ROOT / "docs/python.md").read_text(), flags=re.M)
+    shown = {}
+    for names, defaults in rows:
+        shown |= zip(re.findall(r"`(\w+)`", names), defaults.split(", "), strict=True)
+    options = {name: str(value) for name, value in SampleOptions().model_dump().items()}
+    assert {"prompt", "n", "seed"} == set(shown) - set(options)
+    assert {name: float(v) if v[0].isdigit() else v for name, v in options.items()} == {
+        name: float(v) if v[0].isdigit() else v for name, v in shown.items() if name in options
+    }
+
+
+def test_the_core_page_has_every_name_that_a_setting_takes():
+    page = (ROOT / "docs/core.md").read_text()
+    for kind in (Prediction, Weighting, ScheduleName, GridName, SamplerName):
+        assert [name for name in get_args(kind) if f"`{name}`" not in page] == []
+    assert [name for name in PRESETS if f"| `{name}` |" not in page] == []
 
 
 def test_a_command_with_a_wrong_setting_would_be_noticed():

@@ -31,6 +31,10 @@ def inputs(batch=6, config=TINY):
         {"widths": (16,), "attention": (0,), "head_channels": 16},
         {"widths": (16, 16, 32), "attention": (0, 2), "head_channels": 16, "blocks": 2},
         {"channels": 1, "classes": 0, "dropout": 0.5},
+        {"scale_shift": False, "middle_attention": False, "attention": ()},
+        {"head_channels": 0, "middle_norm": False, "downsample_padding": "end"},
+        {"embedding": "timestep", "sine_first": True, "frequency_shift": 1.0},
+        {"resolution": 256, "widths": (8,) * 6, "attention": (5,), "head_channels": 8},
     ],
 )
 def test_the_answer_has_the_shape_of_the_picture(change):
@@ -90,8 +94,11 @@ def test_the_small_preset_has_about_a_million_parameters():
     ("change", "told"),
     [
         ({"resolution": 9}, "resolution: 9 cannot be halved 1 times"),
-        ({"widths": (16, 20)}, "widths: 20 is not a multiple of groups=8"),
+        ({"widths": (16, 20)}, "widths: 20; need even multiples of groups=8"),
         ({"attention": (5,)}, "attention: level 5 does not exist"),
+        ({"channels": 0}, "channels: 0; need at least 1"),
+        ({"classes": -1}, "classes, head_channels: -1"),
+        ({"dropout": 1.0}, "dropout: 1.0"),
         ({"head_channels": 24}, "head_channels: 24 does not divide width 32"),
     ],
 )
@@ -111,3 +118,83 @@ def test_attention_works_at_the_levels_listed_and_in_the_middle(levels, expected
             module.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[-1]))
     made(*inputs(1, config))
     assert sorted(seen) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions"), [("cpu-small", 1.0), ("ddpm-32", 38.3), ("adm-64", 276), ("adm-256", 283)]
+)
+def test_presets_have_the_parameters_that_the_docs_name(preset, millions):
+    with torch.device("meta"):
+        made = UNet(PRESETS[preset])
+    assert sum(parameter.numel() for parameter in made.parameters()) / 1e6 == pytest.approx(millions, rel=0.03)
+
+
+def gradients(made, x, c_noise, label):
+    made.zero_grad()
+    torch.manual_seed(1)
+    made(x, c_noise, label).square().mean().backward()
+    return [parameter.grad.clone() for parameter in made.parameters()]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activation_checkpointing_changes_no_gradient(dropout):
+    config = dataclasses.replace(TINY, dropout=dropout)
+    x, c_noise, label = inputs(config=config)
+    plain = network(config).double().train()
+    saving = UNet(config, checkpointing=True).double().train()
+    saving.load_state_dict(plain.state_dict())
+    given = (x.double(), c_noise.double(), label)
+    for one, other in zip(gradients(plain, *given), gradients(saving, *given), strict=True):
+        assert torch.allclose(one, other, rtol=1e-10, atol=1e-14)
+
+
+def saved_bytes(made, given):
+    total = []
+
+    def pack(tensor):
+        total.append(tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        made(*given)
+    return sum(total)
+
+
+def test_activation_checkpointing_keeps_less_for_the_backward_pass():
+    given = inputs()
+    assert saved_bytes(UNet(TINY, checkpointing=True), given) < 0.5 * saved_bytes(UNet(TINY), given)
+
+
+def test_the_memory_layout_changes_no_gradient():
+    x, c_noise, label = inputs()
+    given = (x.double(), c_noise.double(), label)
+    plain = gradients(network().double(), *given)
+    changed = gradients(network().double().to(memory_format=torch.channels_last), last(given[0]), *given[1:])
+    for one, other in zip(plain, changed, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_network_compiles_without_a_graph_break(checkpointing):
+    made = UNet(TINY, checkpointing)
+    made.load_state_dict(network().state_dict())
+    given = inputs()
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+    for label in (given[2], None):
+        assert torch.allclose(compiled(*given[:2], label), made(*given[:2], label), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("x", "label", "told"),
+    [
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), None, "x: torch.uint8 .2, 3, 8, 8.; need a floating type"),
+        (torch.zeros(2, 1, 8, 8), None, "x: torch.float32 .2, 1, 8, 8.; need .B, 3, H, W."),
+        (torch.zeros(3, 8, 8), None, "x: torch.float32 .3, 8, 8."),
+        (torch.zeros(2, 3, 8, 9), None, "need H and W that are multiples of 2"),
+        (torch.zeros(2, 3, 8, 8), torch.zeros(2), "label: torch.float32"),
+        (torch.zeros(2, 3, 8, 8), torch.zeros(3, dtype=torch.int64), "label: torch.int64 .3.; need torch.int64 .2."),
+    ],
+)
+def test_what_is_no_batch_of_pictures_is_refused_by_its_name(x, label, told):
+    with pytest.raises(ValueError, match=told):
+        network()(x, torch.zeros(2), label)

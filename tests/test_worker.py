@@ -100,3 +100,39 @@ def test_seeds_of_the_pictures_of_one_request_differ():
 
 def test_a_request_has_the_settings_of_every_stage_under_the_same_names():
     assert set(SampleOptions.model_fields) <= set(ImageRequest.model_fields)
+
+
+def test_pictures_from_python_are_those_of_the_same_requests(worker):
+    pictures = worker.sample("penguin", n=3, seed=7, steps=4, guidance_scale=2.0)
+    asked = [request(picture_seed(7, i), prompt="penguin", guidance_scale=2.0) for i in range(3)]
+    for picture_, pixels in zip(pictures, worker.paint(asked), strict=True):
+        assert np.array_equal(np.asarray(picture_), pixels)
+    assert np.array_equal(np.asarray(worker.sample("penguin", seed=7, steps=4, guidance_scale=2.0)[0]), pictures[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"prompt": "dog"}, "prompt"),
+        ({"stepz": 4}, "stepz"),
+        ({"steps": 0}, "steps"),
+        ({"sampler": "magic"}, "sampler"),
+        ({"grid": "timesteps"}, "grid"),
+        ({"seed": -1}, "seed"),
+        ({"guidance_low": 3.0, "guidance_high": 2.0}, "guidance_low"),
+    ],
+)
+def test_what_python_asks_wrongly_is_refused_by_its_name(worker, options, field):
+    with pytest.raises(RequestError, match=field):
+        worker.sample(**options)
+
+
+def test_guidance_can_be_limited_to_noise_levels_and_rescaled(worker):
+    base = worker.paint([request(prompt="cat", guidance_scale=1.0)])[0]
+    full = worker.paint([request(prompt="cat", guidance_scale=4.0)])[0]
+    never = worker.paint([request(prompt="cat", guidance_scale=4.0, guidance_low=500.0)])[0]
+    some = worker.paint([request(prompt="cat", guidance_scale=4.0, guidance_high=1.0)])[0]
+    rescaled = worker.paint([request(prompt="cat", guidance_scale=4.0, guidance_rescale=1.0)])[0]
+    assert np.array_equal(never, base)
+    assert not np.array_equal(some, full)
+    assert not np.array_equal(rescaled, full)
