@@ -18,8 +18,16 @@ from diffusion_core.denoiser import Denoiser, guidance, guided
 from diffusion_core.samplers import make_plan, model_grid, sample, start_noise
 from pipelines.model import load_model
 
-SAMPLERS: tuple[SamplerName, ...] = ("euler", "heun", "dpmpp_2m", "ipndm_4", "exponential_3", "exponential_4")
-GRIDS: tuple[GridName, ...] = ("karras", "log_snr")
+SAMPLERS: tuple[SamplerName, ...] = (
+    "euler",
+    "heun",
+    "dpmpp_2m",
+    "ipndm_4",
+    "exponential_3",
+    "exponential_4",
+    "angular_3",
+)
+GRIDS: tuple[GridName, ...] = ("arctan", "karras", "log_snr")
 CALLS = (5, 8, 10, 18, 32)
 SCALES = (1.0, 1.5)
 REFERENCE = SamplerConfig("exponential_4", 160, "log_snr")

@@ -8,10 +8,10 @@ Prediction = Literal["eps", "x0", "v", "edm", "flow"]
 Weighting = Literal["unit", "min_snr", "soft_min_snr", "edm"]
 ScheduleName = Literal["linear", "cosine", "edm", "flow"]
 BetaName = Literal["linear", "scaled_linear", "cosine"]
-GridName = Literal["karras", "log_snr", "uniform_t", "timesteps"]
+GridName = Literal["arctan", "karras", "log_snr", "uniform_t", "timesteps"]
 SamplerName = Literal[
     "ddim", "ddpm", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "ipndm_4",
-    "exponential_3", "exponential_4",
+    "exponential_3", "exponential_4", "angular_3",
 ]  # fmt: skip
 
 
@@ -159,9 +159,9 @@ class SamplerConfig:
     row at first order where the grid does not end at 0.
     """
 
-    sampler: SamplerName = "dpmpp_2m"
-    steps: int = 20
-    grid: GridName = "karras"
+    sampler: SamplerName = "angular_3"
+    steps: int = 18
+    grid: GridName = "arctan"
     eta: float = 0.0
     churn: float = 0.0
     churn_low: float = 0.0

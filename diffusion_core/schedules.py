@@ -17,6 +17,7 @@ from diffusion_core.config import BetaName, GridName, ScheduleName, Timesteps
 _BETA_MIN, _BETA_SPAN = 0.1, 19.9
 _COSINE_OFFSET = 0.008 / 1.008 * math.pi / 2
 _RHO = 7.0
+_SHAPING, _SHAPING_WIDTH = 0.8, 3.0
 _EDM_MIN, _EDM_MAX = 0.002 ** (1 / _RHO), 80.0 ** (1 / _RHO)
 
 
@@ -95,14 +96,16 @@ def sigma_grid(
 ) -> Tensor:
     """Decreasing sigmas [steps + 1] (float64) from sigma_max over sigma_min to 0; one step goes straight to 0.
 
-    "uniform_t" has equal steps of t in `schedule`; "timesteps" takes evenly spaced entries of `levels`, a discrete
-    model's own noise levels, within the range. Raises ValueError where steps < 1, not 0 < sigma_min < sigma_max, or
-    there are fewer levels than steps.
+    "arctan" goes to 0 in place of sigma_min. "uniform_t" has equal steps of t in `schedule`. "timesteps" takes evenly
+    spaced entries of `levels`, a discrete model's own noise levels, within the range. Raises ValueError where
+    steps < 1, not 0 < sigma_min < sigma_max, or there are fewer levels than steps.
     """
     if steps < 1:
         raise ValueError(f"steps: {steps}; need at least 1")
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(f"sigma_min, sigma_max: {sigma_min}, {sigma_max}; need 0 < sigma_min < sigma_max")
+    if grid == "arctan":
+        return _arctan(torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64), sigma_min, sigma_max)
     fractions = torch.linspace(0.0, 1.0, steps, dtype=torch.float64)
     if grid == "timesteps":
         sigmas = _own_levels(fractions, sigma_min, sigma_max, levels)
@@ -171,6 +174,17 @@ def _log_snr(fractions: Tensor, sigma_min: float, sigma_max: float) -> Tensor:
 
 
 _GRIDS: dict[str, Callable[[Tensor, float, float], Tensor]] = {"karras": _karras, "log_snr": _log_snr}
+
+
+def _arctan(fractions: Tensor, sigma_min: float, sigma_max: float) -> Tensor:
+    """Equal steps of atan((ln sigma − 0.8)/3) with 0 in place of sigma_min.
+
+    They are closest around sigma 2.2, where pictures in [-1, 1] take their shape, and grow towards both ends.
+    """
+    high, low = (math.atan((math.log(end) - _SHAPING) / _SHAPING_WIDTH) for end in (sigma_max, sigma_min))
+    sigmas = torch.exp(_SHAPING + _SHAPING_WIDTH * torch.tan(high + fractions * (low - high)))
+    sigmas[-1], sigmas[0] = 0.0, sigma_max
+    return sigmas
 
 
 def _uniform_t(fractions: Tensor, sigma_min: float, sigma_max: float, schedule: Schedule) -> Tensor:

@@ -140,9 +140,9 @@ class TrainConfig(TrainOptions, Place):
 class SampleOptions(Settings):
     """How pictures are sampled; the same names as in an HTTP request."""
 
-    sampler: SamplerName = Field("dpmpp_2m", description="sampler")
+    sampler: SamplerName = Field("angular_3", description="sampler")
     steps: int = Field(18, ge=1, le=1000, description="denoiser calls for a picture")
-    grid: GridName = Field("karras", description="spacing of the noise levels")
+    grid: GridName = Field("arctan", description="spacing of the noise levels")
     eta: float = Field(0.0, ge=0.0, le=1.0, description="fresh noise of ddim and dpmpp_2m_sde; others fix their own")
     guidance_scale: float = Field(1.5, ge=0.0, le=20.0, description="classifier-free guidance; 1 is off")
     guidance_low: float = Field(0.0, ge=0.0, description="no guidance at noise levels up to this")

@@ -17,6 +17,20 @@ from diffusion_core.unet import UNet
 
 SIGMA_DATA = 0.5
 SEEDS = torch.arange(6)
+MEMORY = {
+    "ddim": 0, "ddpm": 0, "euler": 0, "euler_ancestral": 0, "heun": 1, "dpmpp_2m": 1, "dpmpp_2m_sde": 1, "ipndm_4": 3,
+    "exponential_3": 2, "exponential_4": 3,
+}  # fmt: skip
+COLUMNS = ("sigma", "sigma_next", "a", "b", "c", "s", "alpha", "beta")
+
+
+def doubles(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# Steps of every size, for recursions that say nothing of the grid; and the same ending at 0
+UNEVEN = doubles(30.0, 21.0, 9.0, 8.0, 3.0, 1.1, 0.4, 0.3, 0.2)
+TO_ZERO = torch.cat((UNEVEN, doubles(0.0)))
 
 
 def gaussian(x, sigma):
@@ -33,8 +47,21 @@ def start(sigma):
     return sigma * normal(SEEDS, "start", 0, (4,), torch.float64)
 
 
+def noise_of(row):
+    return normal(SEEDS, "sampler", row, (4,), torch.float64)
+
+
 def walk(name, sigmas, denoise, x, **settings):
     return sample(denoise, make_plan(SamplerConfig(sampler=name, **settings), sigmas), x, SEEDS)
+
+
+def assert_same(found, expected):
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+
+
+MODES = doubles(-1.0, 0.6)
+WEIGHTS = doubles(0.3, 0.7)
+MODE_STD = 0.2
 
 
 def mixture(x, sigma):
@@ -46,186 +73,413 @@ def mixture(x, sigma):
     return (log_weight.softmax(-1) * posterior).sum(-1)
 
 
-MODES = torch.tensor([-1.0, 0.6], dtype=torch.float64)
-WEIGHTS = torch.tensor([0.3, 0.7], dtype=torch.float64)
-MODE_STD = 0.2
-
-
 def mixture_cdf(x, sigma):
-    spread = math.sqrt(MODE_STD**2 + sigma**2)
-    return sum(w * NormalDist(m, spread).cdf(x) for w, m in zip(WEIGHTS.tolist(), MODES.tolist(), strict=True))
+    spread = torch.sqrt(MODE_STD**2 + sigma**2)[..., None]
+    return (WEIGHTS * torch.special.ndtr((x[..., None] - MODES) / spread)).sum(-1)
 
 
-def mixture_flow(x, first, last):
-    """Where the probability flow takes x: in one dimension it keeps every quantile (by bisection)."""
-    level, low, high = mixture_cdf(x, first), -4.0, 4.0
-    for _ in range(100):
+def mixture_start(first):
+    """Quantiles [1, 8] away from 0.3, where the flow parts into the two modes and amplifies every error."""
+    places = [0.03, 0.08, 0.13, 0.55, 0.65, 0.75, 0.85, 0.95]
+    return doubles([NormalDist(0.12, math.hypot(first, 0.7)).inv_cdf(p) for p in places])
+
+
+def mixture_path(x, sigmas):
+    """The exact flow from x [1, P] at sigmas[0], at each of sigmas [N], [N, 1, P]: every quantile stays itself."""
+    levels = sigmas[:, None, None]
+    quantile = mixture_cdf(x, levels[0])
+    high = (4 + 4 * levels).expand(-1, *x.shape)
+    low = -high
+    for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if mixture_cdf(middle, last) < level else (low, middle)
+        below = mixture_cdf(middle, levels) < quantile
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     return middle
 
 
-def flow_error(name, denoise, x, exact, count, first, last):
-    sigmas = sigma_grid("log_snr", count + 1, last, first)[:-1]
-    return float((walk(name, sigmas, denoise, x) - exact).square().mean().sqrt())
-
-
 def problem(kind, first, last):
-    """Denoiser, start, exact end, first and last sigma."""
+    """Denoiser, start and exact end."""
     if kind == "gaussian":
         x = start(first)
-        return gaussian, x, x * math.sqrt((SIGMA_DATA**2 + last**2) / (SIGMA_DATA**2 + first**2)), first, last
-    # Quantiles away from 0.3, where the flow parts into the two modes and amplifies every error
-    places = [0.03, 0.08, 0.13, 0.55, 0.65, 0.75, 0.85, 0.95]
-    x = torch.tensor([NormalDist(0.12, first).inv_cdf(p) for p in places], dtype=torch.float64)
-    exact = torch.tensor([mixture_flow(float(value), first, last) for value in x], dtype=torch.float64)
-    return mixture, x.reshape(1, -1).expand(6, -1), exact.expand(6, -1), first, last
+        return gaussian, x, x * math.sqrt((SIGMA_DATA**2 + last**2) / (SIGMA_DATA**2 + first**2))
+    x = mixture_start(first)
+    return mixture, x, mixture_path(x, doubles(first, last))[1]
+
+
+def flow_errors(name, kind, counts, first, last):
+    """Errors at `last` after each of `counts` intervals on a log-SNR grid that ends there."""
+    denoise, x, exact = problem(kind, first, last)
+    errors = []
+    for count in counts:
+        plan = make_plan(SamplerConfig(sampler=name), sigma_grid("log_snr", count + 1, last, first)[:-1])
+        errors.append(float((sample(denoise, plan, x, SEEDS[: len(x)]) - exact).square().mean().sqrt()))
+    return errors
+
+
+def slope(counts, errors):
+    return -np.polyfit(np.log(counts), np.log(errors), 1)[0]
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "mixture"])
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), ("ddim", 1), ("heun", 2), ("dpmpp_2m", 2)])
 def test_a_sampler_has_its_order_against_the_exact_flow(name, order, kind):
     counts = [16, 32, 64, 128]
-    denoise, x, exact, first, last = problem(kind, 20.0, 0.05)
-    errors = [flow_error(name, denoise, x, exact, count, first, last) for count in counts]
-    slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
-    assert slope == pytest.approx(order, abs=0.15)
+    assert slope(counts, flow_errors(name, kind, counts, 20.0, 0.05)) == pytest.approx(order, abs=0.15)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "mixture"])
 @pytest.mark.parametrize(("name", "least"), [("exponential_3", 2.7), ("exponential_4", 3.5)])
 def test_the_exponential_multistep_has_its_order(name, least, kind):
     # The first rows have lower order; at sigma 80, where the answer hardly depends on x, that costs nothing.
-    denoise, x, exact, first, last = problem(kind, 80.0, 0.002)
-    coarse, fine = (flow_error(name, denoise, x, exact, count, first, last) for count in (64, 128))
+    coarse, fine = flow_errors(name, kind, (64, 128), 80.0, 0.002)
     assert math.log2(coarse / fine) >= least
 
 
+@pytest.mark.parametrize(
+    ("name", "order", "sigmas"),
+    [
+        ("dpmpp_2m", 2, lambda count: sigma_grid("karras", count + 1, 0.05, 20.0)[:-1]),
+        ("exponential_3", 3, lambda count: sigma_grid("karras", count + 1, 0.05, 20.0)[:-1]),
+        ("exponential_4", 4, lambda count: sigma_grid("karras", count + 1, 0.05, 20.0)[:-1]),
+        # its weights are those of equal steps; on any other grid it is a method of second order
+        ("ipndm_4", 4, lambda count: torch.linspace(3.0, 0.3, count + 1, dtype=torch.float64)),
+        ("ipndm_4", 2, lambda count: sigma_grid("karras", count + 1, 0.05, 20.0)[:-1]),
+    ],
+)
+def test_rows_that_lean_on_an_exact_past_have_their_full_order(name, order, sigmas):
+    counts, errors = [32, 64, 128], []
+    for count in counts:
+        levels, memory = sigmas(count), MEMORY[name]
+        plan, path = make_plan(SamplerConfig(name), levels), mixture_path(mixture_start(float(levels[0])), levels)
+        known = [mixture(x, sigma[None]) for x, sigma in zip(path, levels, strict=True)]
+        if name == "ipndm_4":
+            known = [(x - d) / sigma for x, d, sigma in zip(path, known, levels, strict=True)]
+        state = State(path[memory], tuple(known[:memory][::-1]))
+        for row in range(memory, len(plan)):
+            state = step(state, plan.row(row), mixture(state.x, plan.sigma[row : row + 1]), None)
+        errors.append(float((state.x - path[-1]).square().mean().sqrt()))
+    assert slope(counts, errors) == pytest.approx(order, abs=0.35)
+
+
+@pytest.mark.parametrize("sigmas", [UNEVEN, TO_ZERO])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_the_ancestral_family_is_the_textbook_recursion_of_ddim(eta):
-    sigmas = sigma_grid("log_snr", 12, 0.02, 30.0)
+def test_the_ancestral_family_is_the_textbook_recursion_of_ddim(eta, sigmas):
     x = start(30.0)
-    ours = walk("ddim", sigmas, curved, x, eta=eta)
     # Song et al. 2021, eq. 12 and 16, in variance-preserving coordinates y = sqrt(a)·x with a = 1/(1 + sigma²)
     alphas = 1 / (1 + sigmas**2)
     y = alphas[0].sqrt() * x
-    for row in range(12):
+    for row in range(len(sigmas) - 1):
         a, after = alphas[row], alphas[row + 1]
         x0 = curved(y / a.sqrt(), sigmas[row].expand(6))
         eps = (y - a.sqrt() * x0) / (1 - a).sqrt()
         spread = eta * ((1 - after) / (1 - a)).sqrt() * (1 - a / after).sqrt()
-        z = normal(SEEDS, "sampler", row, (4,), torch.float64)
-        y = after.sqrt() * x0 + (1 - after - spread**2).clamp(min=0).sqrt() * eps + spread * z
-    assert torch.allclose(ours, y / alphas[-1].sqrt(), rtol=0, atol=1e-12)
+        y = after.sqrt() * x0 + (1 - after - spread**2).clamp(min=0).sqrt() * eps + spread * noise_of(row)
+    assert_same(walk("ddim", sigmas, curved, x, eta=eta), y / alphas[-1].sqrt())
+
+
+@pytest.mark.parametrize("sigmas", [sigma_grid("uniform_t", 12, 0.02, 30.0, "cosine"), UNEVEN])
+def test_ddpm_is_the_textbook_posterior(sigmas):
+    x = start(30.0)
+    alphas = 1 / (1 + sigmas**2)
+    y = alphas[0].sqrt() * x
+    for row in range(len(sigmas) - 1):
+        bar, bar_before = alphas[row], alphas[row + 1]  # Ho et al. 2020, eq. 7
+        alpha = bar / bar_before
+        x0 = curved(y / bar.sqrt(), sigmas[row].expand(6))
+        mean = bar_before.sqrt() * (1 - alpha) / (1 - bar) * x0 + alpha.sqrt() * (1 - bar_before) / (1 - bar) * y
+        variance = (1 - bar_before) / (1 - bar) * (1 - alpha)
+        y = mean + variance.sqrt() * noise_of(row)
+    assert_same(walk("ddpm", sigmas, curved, x), y / alphas[-1].sqrt())
+
+
+@pytest.mark.parametrize("sigmas", [UNEVEN, TO_ZERO])
+def test_euler_ancestral_steps_down_and_adds_noise_back(sigmas):
+    y = x = start(30.0)
+    for row, (high, low) in enumerate(pairwise(sigmas)):
+        up = min(low, (low**2 * (high**2 - low**2) / high**2).sqrt())
+        down = (low**2 - up**2).sqrt()
+        y = y + (down - high) * (y - curved(y, high.expand(6))) / high + up * noise_of(row)
+    assert_same(walk("euler_ancestral", sigmas, curved, x), y)
 
 
 def test_ddpm_and_euler_ancestral_are_ddim_with_eta_one():
-    sigmas, x = sigma_grid("karras", 9, 0.02, 30.0), start(30.0)
-    expected = walk("ddim", sigmas, curved, x, eta=1.0)
+    x = start(30.0)
+    expected = walk("ddim", TO_ZERO, curved, x, eta=1.0)
     for name in ("ddpm", "euler_ancestral"):
-        assert torch.equal(walk(name, sigmas, curved, x), expected)
+        assert torch.equal(walk(name, TO_ZERO, curved, x, eta=0.3), expected), "eta is theirs alone"
 
 
-def test_euler_is_the_textbook_step_along_the_slope():
-    sigmas, x = sigma_grid("karras", 9, 0.02, 30.0), start(30.0)
-    expected = x
+@pytest.mark.parametrize("sigmas", [UNEVEN, TO_ZERO])
+def test_euler_is_the_textbook_step_along_the_slope(sigmas):
+    y = x = start(30.0)
     for high, low in pairwise(sigmas):
-        slope = (expected - curved(expected, high.expand(6))) / high
-        expected = expected + (low - high) * slope
-    assert torch.allclose(walk("euler", sigmas, curved, x), expected, rtol=0, atol=1e-12)
+        y = y + (low - high) * (y - curved(y, high.expand(6))) / high
+    assert_same(walk("euler", sigmas, curved, x), y)
 
 
-def test_dpmpp_2m_is_the_published_algorithm():
-    sigmas, x = sigma_grid("karras", 11, 0.02, 30.0), start(30.0)
-    # Lu et al. 2022, algorithm 2, with alpha = 1 and lambda = -ln sigma
+@pytest.mark.parametrize("sigmas", [UNEVEN, TO_ZERO])
+@pytest.mark.parametrize(
+    ("churn", "low_end", "high_end"), [(0.0, 0.0, math.inf), (3.0, 0.25, 20.0), (40.0, 0.4, 9.0), (3.0, 0.0, math.inf)]
+)
+def test_heun_is_algorithm_2_of_the_edm_paper(churn, low_end, high_end, sigmas):
+    settings = {"churn": churn, "churn_low": low_end, "churn_high": high_end, "churn_noise": 1.01}
+    y, calls, count = start(30.0), 0, len(sigmas) - 1
+    for row, (high, low) in enumerate(pairwise(sigmas)):
+        # The walk's first level is not raised; above it our noise belongs to the row before, where the level was left.
+        gamma = min(churn / count, math.sqrt(2) - 1) if row and low_end <= high <= high_end else 0.0
+        raised = high * (1 + gamma)
+        y = y + (raised**2 - high**2).sqrt() * 1.01 * noise_of(calls - 1) if row else y
+        first = (y - curved(y, raised.expand(6))) / raised
+        calls += 1
+        ahead = y + (low - raised) * first
+        if low > 0:
+            other = (ahead - curved(ahead, low.expand(6))) / low
+            calls += 1
+            ahead = y + (low - raised) * (first + other) / 2
+        y = ahead
+    assert_same(walk("heun", sigmas, curved, start(30.0), **settings), y)
+    assert calls == len(make_plan(SamplerConfig("heun", **settings), sigmas))
+
+
+@pytest.mark.parametrize("sigmas", [UNEVEN, TO_ZERO])
+@pytest.mark.parametrize("lower_final", [False, True])
+def test_dpmpp_2m_is_the_published_algorithm(lower_final, sigmas):
+    # Lu et al. 2022, algorithm 2, with alpha = 1 and lambda = -ln sigma; the last row at first order where asked to
+    x = start(30.0)
     y, last, last_h = x, None, None
-    for high, low in pairwise(sigmas):
+    for row, (high, low) in enumerate(pairwise(sigmas)):
         d = curved(y, high.expand(6))
         if low == 0:
             y = d
             break
         h = torch.log(high) - torch.log(low)
-        mixed = d if last is None else (1 + h / (2 * last_h)) * d - h / (2 * last_h) * last
+        first_order = last is None or (lower_final and row == len(sigmas) - 2)
+        mixed = d if first_order else (1 + h / (2 * last_h)) * d - h / (2 * last_h) * last
         y, last, last_h = (low / high) * y - torch.expm1(-h) * mixed, d, h
-    assert torch.allclose(walk("dpmpp_2m", sigmas, curved, x), y, rtol=0, atol=1e-12)
+    assert_same(walk("dpmpp_2m", sigmas, curved, x, lower_final=lower_final), y)
 
 
-def test_fresh_noise_keeps_the_right_variance():
-    seeds = torch.arange(500)
-    plan = make_plan(SamplerConfig(sampler="ddpm"), sigma_grid("log_snr", 400, 0.02, 20.0))
-    x = sample(gaussian, plan, start_noise(plan, seeds, (20,), torch.float64), seeds)
-    assert float(x.var()) == pytest.approx(SIGMA_DATA**2, rel=0.05)
+@pytest.mark.parametrize("sigmas", [UNEVEN, TO_ZERO])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_dpmpp_2m_sde_is_the_published_midpoint_form(eta, sigmas):
+    # Lu et al. 2022, section 5: the noise of the SDE over the interval, and D carried on to its middle
+    x = start(30.0)
+    y, last, last_h = x, None, None
+    for row, (high, low) in enumerate(pairwise(sigmas)):
+        d = curved(y, high.expand(6))
+        if low == 0:
+            y = d
+            break
+        h = torch.log(high / low)
+        y = low / high * torch.exp(-eta * h) * y - torch.expm1(-(1 + eta) * h) * d
+        if last is not None:
+            y = y - 0.5 * torch.expm1(-(1 + eta) * h) * (h / last_h) * (d - last)
+        y = y + low * (-torch.expm1(-2 * eta * h)).sqrt() * noise_of(row)
+        last, last_h = d, h
+    assert_same(walk("dpmpp_2m_sde", sigmas, curved, x, eta=eta), y)
 
 
-def test_a_jump_up_arrives_at_the_right_noise_level():
-    seeds = torch.arange(50_000)
-    sigmas = torch.tensor([4.0, 1.0, 0.0], dtype=torch.float64)
-    for name in ("ddim", "dpmpp_2m", "ddpm"):
-        plan = make_plan(SamplerConfig(sampler=name), sigmas, up=torch.tensor([3.0, 0.0]))
-        assert plan.sigma.tolist() == [4.0, 3.0]
-        x = torch.zeros(50_000, 1, dtype=torch.float64)
-        after = plan.s[0] * normal(seeds, "sampler", 0, (1,), torch.float64)
-        drawn = 3.0**2 - 1.0**2 + (1.0 - 1 / 16 if name == "ddpm" else 0.0)
-        assert float((x + after).var()) == pytest.approx(drawn, rel=0.03)
+@pytest.mark.parametrize("sigmas", [UNEVEN, TO_ZERO])
+def test_ipndm_adds_up_its_last_four_slopes(sigmas):
+    x = start(30.0)
+    y, slopes = x, []
+    weights = [[1], [1.5, -0.5], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
+    for high, low in pairwise(sigmas):
+        d = curved(y, high.expand(6))
+        slopes = [(y - d) / high, *slopes[:3]]
+        y = y + (low - high) * sum(w * s for w, s in zip(weights[len(slopes) - 1], slopes, strict=True)) if low else d
+    assert_same(walk("ipndm_4", sigmas, curved, x), y)
 
 
-def test_one_step_is_the_denoiser_itself():
-    sigmas, x = sigma_grid("karras", 1, 0.02, 30.0), start(30.0)
-    assert torch.allclose(walk("dpmpp_2m", sigmas, curved, x), curved(x, sigmas[:1].expand(6)), rtol=0, atol=1e-12)
+def exponential_weights(nodes, h):
+    """Weights [p] that integrate e^(u − h) times u⁰ … u^(p − 1) over 0 … h from values at `nodes`.
+
+    By the Vandermonde system; the moments are series of positive terms: e^(−h)·Σ h^(m + k + 1)/(k!·(m + k + 1)).
+    """
+    terms = range(80)
+    moments = [
+        math.exp(-h) * math.fsum(h ** (m + k + 1) / (math.factorial(k) * (m + k + 1)) for k in terms)
+        for m in range(len(nodes))
+    ]
+    return np.linalg.solve(np.vander(nodes, increasing=True).T, moments).tolist()
+
+
+@pytest.mark.parametrize("sigmas", [UNEVEN, TO_ZERO, sigma_grid("karras", 5, 0.002, 80.0)])
+@pytest.mark.parametrize("order", [3, 4])
+def test_the_exponential_multistep_is_the_integral_of_its_polynomial(order, sigmas):
+    y = x = start(30.0)
+    known = []
+    for row, (high, low) in enumerate(pairwise(sigmas.tolist())):
+        known = [curved(y, doubles(high).expand(6)), *known[: order - 1]]
+        if low == 0:
+            y = known[0]
+            break
+        nodes = [math.log(high / float(sigmas[row - age])) for age in range(len(known))]
+        weights = exponential_weights([-abs(node) for node in nodes], math.log(high / low))
+        y = low / high * y + sum(w * d for w, d in zip(weights, known, strict=True))
+    assert_same(walk(f"exponential_{order}", sigmas, curved, x), y)
+
+
+@pytest.mark.parametrize("order", [3, 4])
+def test_the_exponential_multistep_is_exact_for_polynomials_in_ln_sigma(order):
+    # Where D is a polynomial of lambda of degree below the order and of nothing else, the solution is closed:
+    # x' = r·x + sum over m of the derivatives, by parts: the integral of e^l·P is e^l·(P - P' + P'' - P''').
+    polynomial = np.polynomial.Polynomial(np.random.default_rng(0).normal(size=order))
+    parts = sum((-1) ** m * polynomial.deriv(m) if m else polynomial for m in range(order))
+    plan = make_plan(SamplerConfig(f"exponential_{order}"), UNEVEN)
+    state = new_state(torch.zeros(1, 1, dtype=torch.float64), plan.memory)
+    for row, (high, low) in enumerate(pairwise(UNEVEN.tolist())):
+        before = float(state.x)
+        state = step(state, plan.row(row), doubles([polynomial(-math.log(high))]), None)
+        if row >= order - 1:
+            gain = parts(-math.log(low)) - low / high * parts(-math.log(high))
+            assert float(state.x) == pytest.approx(low / high * before + gain, abs=1e-12)
 
 
 @pytest.mark.parametrize(
-    "sigmas", [[1.0], [1.0, 2.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0], [1.0, -1.0], [math.nan, 0.0], [math.inf, 1.0, 0.0]]
-)
-def test_a_grid_that_does_not_fall_is_refused(sigmas):
-    with pytest.raises(ValueError, match="need levels that decrease to 0"):
-        make_plan(SamplerConfig(), torch.tensor(sigmas))
+    ("name", "settings"),
+    [
+        ("ddpm", {}), ("ddim", {"eta": 0.5}), ("euler_ancestral", {}), ("dpmpp_2m_sde", {"eta": 1.0}),
+        ("dpmpp_2m_sde", {"eta": 0.5}), ("heun", {"churn": 40.0}),
+    ],
+)  # fmt: skip
+def test_fresh_noise_keeps_the_right_variance(name, settings):
+    # x as a sum of independent normals: the start and the noise of every row, one column each. For Gaussian data all
+    # of it is linear, so that its variance is exact; it nears that of the data as the steps become finer.
+    errors = []
+    for count in (150, 300):
+        plan = make_plan(SamplerConfig(name, **settings), sigma_grid("log_snr", count, 0.002, 80.0))
+        parts = torch.eye(len(plan) + 1, dtype=torch.float64)
+        state = new_state(math.hypot(80.0, SIGMA_DATA) * parts[:1], plan.memory)
+        for row in range(len(plan)):
+            denoised = gaussian(state.x, plan.sigma[row : row + 1])
+            state = step(state, plan.row(row), denoised, parts[row + 1 : row + 2])
+        errors.append(abs(float(state.x.square().sum()) / SIGMA_DATA**2 - 1))
+    assert errors[1] < min(0.04, 0.6 * errors[0])
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
-    [({"steps": 0}, "steps: 0"), ({"eta": 1.5}, "eta: 1.5")],
+    ("sampler", "settings"), [*[(name, {"eta": 0.7}) for name in MEMORY], ("heun", {"churn": 5.0})]
 )
-def test_settings_without_a_table_are_refused(settings, told):
-    with pytest.raises(ValueError, match=told):
-        SamplerConfig(**settings)
-    with pytest.raises(ValueError, match="need 0 < sigma_min < sigma_max"):
-        sigma_grid("karras", 5, 2.0, 1.0)
+@pytest.mark.parametrize(
+    "up", [None, (5.0, 9.0, 1.5, 2.0, 0.3, 0.0), (5.0, 2.0, 1.0, 4.0, 0.1, 0.5)], ids=["straight", "jumps", "end above"]
+)
+def test_each_row_leaves_the_noise_level_that_it_names(sampler, settings, up):
+    # Where the data is one picture, 0, and so is D, all of x is noise, and with x = sigma a row leaves the square
+    # of what it makes of x and its history, and its own noise.
+    levels = doubles(9.0, 5.0, 2.0, 1.0, 0.5, 0.1, 0.0)
+    plan = make_plan(SamplerConfig(sampler, **settings), levels, None if up is None else doubles(*up))
+    assert plan.sigma[0] == 9.0
+    assert torch.equal(plan.sigma[1:], plan.sigma_next[:-1])
+    assert plan.sigma_next[-1] == (0.0 if up is None else up[-1])
+    state = new_state(plan.sigma[:1, None], plan.memory)
+    for row in range(len(plan)):
+        state = step(state, plan.row(row), torch.zeros(1, 1, dtype=torch.float64), None)
+        left = float(state.x**2 + plan.s[row] ** 2)
+        assert left == pytest.approx(float(plan.sigma_next[row]) ** 2, rel=1e-12, abs=1e-30)
+        state = state._replace(x=plan.sigma_next[row : row + 1, None])
+    if sampler != "heun":
+        assert plan.sigma_next.tolist() == (levels[1:].tolist() if up is None else list(up))
 
 
-@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmpp_2m"])
-def test_each_row_leaves_the_noise_level_that_it_names(name):
-    # Where the data is one picture, 0, and so is D, a row takes the noise sigma² to a²·sigma² + s².
-    sigmas = torch.tensor([9.0, 5.0, 2.0, 1.0, 0.5, 0.1, 0.0], dtype=torch.float64)
-    up = torch.tensor([5.0, 9.0, 1.5, 2.0, 0.1, 0.0], dtype=torch.float64)
-    plan = make_plan(SamplerConfig(sampler=name), sigmas, up)
-    assert plan.sigma.tolist() == [9.0, *up[:-1].tolist()]
-    assert plan.sigma_next.tolist() == up.tolist()
-    assert (plan.a**2 * plan.sigma**2 + plan.s**2).tolist() == pytest.approx((up**2).tolist(), rel=1e-12)
-
-
-@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmpp_2m"])
+@pytest.mark.parametrize("name", list(MEMORY))
 def test_a_picture_that_the_denoiser_is_sure_of_is_where_the_walk_ends(name):
-    plan = make_plan(SamplerConfig(sampler=name), sigma_grid("karras", 7, 0.02, 30.0))
-    x = sample(lambda x, sigma: torch.full_like(x, 0.3), plan, start(30.0), SEEDS)
-    assert torch.allclose(x, torch.full_like(x, 0.3), rtol=0, atol=1e-12)
+    x = start(30.0)
+    sure = torch.full_like(x, 0.3)
+    assert_same(walk(name, TO_ZERO, lambda x, sigma: sure, x, eta=0.5, churn=3.0), sure)
+    if name in ("ddim", "euler", "heun", "dpmpp_2m", "ipndm_4", "exponential_3", "exponential_4"):
+        # straight towards it, by as much as the noise falls
+        assert_same(walk(name, UNEVEN, lambda x, sigma: sure, x), sure + (x - sure) * 0.2 / 30.0)
+
+
+@pytest.mark.parametrize("grid", get_args(GridName))
+@pytest.mark.parametrize("name", get_args(SamplerName))
+def test_no_sampler_loses_its_numbers_at_either_end(name, grid):
+    model = ModelConfig(PRESETS["tiny"], "v", 0.5, 0.0101, 150.0, (), "cosine", Timesteps())
+    for steps in (1, 2, 3, 20):
+        sigmas = model_grid(SamplerConfig(name, steps, grid), model)
+        assert len(sigmas) == steps + 1
+        for levels in (sigmas, sigmas[:-1])[: 1 if steps == 1 else 2]:
+            plan = make_plan(SamplerConfig(name, steps, grid, eta=0.7, churn=5.0), levels)
+            assert all(torch.isfinite(getattr(plan, column)).all() for column in COLUMNS)
+            x = sample(gaussian, plan, start_noise(plan, SEEDS, (4,)), SEEDS)
+            assert torch.isfinite(x).all()
+            assert steps < 20 or float(x.abs().max()) < 5  # heun overshoots on a few steps
+
+
+@pytest.mark.parametrize(
+    "sigmas", [[1e-12, 0.0], [80.0, 1e-12, 0.0], [1.0, 1 - 1e-12, 1 - 2e-12, 0.5], [1e4, 1.0, 1e-4]]
+)
+@pytest.mark.parametrize("name", get_args(SamplerName))
+def test_tables_of_extreme_grids_are_finite(name, sigmas):
+    plan = make_plan(SamplerConfig(name, eta=1.0, churn=5.0), doubles(*sigmas))
+    assert all(torch.isfinite(getattr(plan, column)).all() for column in COLUMNS)
+
+
+@pytest.mark.parametrize("grid", ["karras", "log_snr", "uniform_t"])
+@pytest.mark.parametrize("name", get_args(SamplerName))
+def test_one_step_is_the_denoiser_itself(name, grid):
+    sigmas, x = sigma_grid(grid, 1, 0.02, 30.0), start(30.0)
+    found = walk(name, sigmas, curved, x, eta=1.0, churn=5.0)
+    assert_same(found, curved(x, sigmas[:1].expand(6)))
+
+
+@pytest.mark.parametrize("name", get_args(SamplerName))
+def test_a_jump_begins_the_table_anew(name):
+    # Whatever was walked before a jump to 4, the rows after it are those of a walk that begins there.
+    up = doubles(4.0, 2.0, 4.0, 2.0, 1.0, 0.5)
+    plan = make_plan(SamplerConfig(name, eta=0.5), doubles(8.0, 4.0, 2.0, 1.0, 2.0, 1.0, 0.5), up)
+    alone = make_plan(SamplerConfig(name, eta=0.5), doubles(4.0, 2.0, 1.0, 0.5))
+    for column in COLUMNS:
+        assert torch.allclose(getattr(plan, column)[-len(alone) :], getattr(alone, column), rtol=1e-12), column
+    before = make_plan(SamplerConfig(name, eta=0.5), doubles(8.0, 4.0, 2.0, 1.0))
+    last = len(plan) - len(alone) - 1
+    assert float(plan.s[last] ** 2 - before.s[-1] ** 2) == pytest.approx(4.0**2 - 1.0**2)
 
 
 def test_dpmpp_2m_takes_a_first_order_step_after_a_jump():
-    sigmas = torch.tensor([4.0, 2.0, 1.0, 0.5, 0.0], dtype=torch.float64)
-    plan = make_plan(SamplerConfig(), sigmas, up=torch.tensor([2.0, 3.0, 0.5, 0.0], dtype=torch.float64))
+    sigmas = doubles(4.0, 2.0, 1.0, 0.5, 0.0)
+    plan = make_plan(SamplerConfig(), sigmas, up=doubles(2.0, 3.0, 0.5, 0.0))
+    # Only the second row leans on the one before, by (1 - r)·h/(2·h_before) with r = 1/2 and equal h
     assert plan.c[:, 0].tolist() == pytest.approx([0.0, -0.25, 0.0, 0.0])
 
 
-def test_a_watcher_sees_every_estimate_in_its_order():
-    seen = []
-    plan = make_plan(SamplerConfig(), sigma_grid("karras", 5, 0.02, 30.0))
-    x = sample(curved, plan, start(30.0), SEEDS, watch=lambda row, denoised: seen.append((row, denoised)))
-    assert [row for row, _ in seen] == [0, 1, 2, 3, 4]
-    assert torch.equal(seen[-1][1], x), "the last row goes to 0, where the estimate is the picture"
+@pytest.mark.parametrize("name", list(MEMORY))
+def test_a_sampler_remembers_as_much_as_its_rule_needs(name):
+    plan = make_plan(SamplerConfig(name), TO_ZERO)
+    state = new_state(torch.ones(2, 3, dtype=torch.float64), plan.memory)
+    assert plan.memory == len(state.history) == MEMORY[name]
+    assert all(torch.equal(each, torch.zeros(2, 3, dtype=torch.float64)) for each in state.history)
+    for row in range(5):
+        state = step(state, plan.row(row), torch.full((2, 3), float(row + 2), dtype=torch.float64), None)
+    if name != "ipndm_4":
+        assert [float(each[0, 0]) for each in state.history] == [6.0, 5.0, 4.0][: plan.memory], "the newest first"
 
 
-@pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "names", [("ipndm_4", "exponential_4"), ("dpmpp_2m", "heun", "dpmpp_2m_sde"), ("ddim", "ddpm")], ids=str
+)
+def test_a_batch_may_mix_rows_and_samplers_without_changing_a_bit(names, dtype):
+    plans = [make_plan(SamplerConfig(name, eta=0.5), sigma_grid("log_snr", 9, 0.02, 30.0)) for name in names]
+    rows = [plan.row(index) for index in (0, 4, 7, 8) for plan in plans]
+    count, generator = len(rows), torch.Generator().manual_seed(0)
+    x, d, z, *history = (
+        torch.randn(count, 3, 5, 7, generator=generator, dtype=dtype) for _ in range(3 + plans[0].memory)
+    )
+    mixed = Row(*(torch.cat(columns) for columns in zip(*rows, strict=True)))
+    assert mixed.a.shape == (count,)
+    assert mixed.c.shape == (count, plans[0].memory)
+    together = step(State(x, tuple(history)), mixed, d, z)
+    for at, row in enumerate(rows):
+        part = slice(at, at + 1)
+        alone = step(State(x[part], tuple(each[part] for each in history)), row, d[part], z[part])
+        assert torch.equal(alone.x, together.x[part])
+        for one, all_ in zip(alone.history, together.history, strict=True):
+            assert torch.equal(one, all_[part])
+
+
+@pytest.mark.parametrize("name", ["ddpm", "exponential_3"])
 @torch.inference_mode()
 def test_a_request_has_the_same_bits_at_any_place_of_any_batch(name):
     torch.manual_seed(0)
@@ -241,171 +495,51 @@ def test_a_request_has_the_same_bits_at_any_place_of_any_batch(name):
         return sample(lambda x, sigma: denoiser(x, sigma, labels), plan, x, seeds)
 
     alone = drawn(torch.tensor([41, 1, 2, 3]), torch.tensor([2, 0, 1, 0]))[0]
-    for size, place in ((4, 3), (5, 2), (8, 7), (16, 6)):
+    for size, place in ((4, 3), (5, 2), (16, 6)):
         seeds, labels = torch.arange(100, 100 + size), torch.arange(size) % 3
         seeds[place], labels[place] = 41, 2
         assert torch.equal(drawn(seeds, labels)[place], alone)
 
 
-def noise_of(row):
-    return normal(SEEDS, "sampler", row, (4,), torch.float64)
+def test_a_walk_starts_from_noise_of_its_first_level():
+    plan = make_plan(SamplerConfig(), UNEVEN)
+    assert torch.equal(
+        start_noise(plan, SEEDS, (4,), torch.float64), 30.0 * normal(SEEDS, "start", 0, (4,), torch.float64)
+    )
+    assert start_noise(plan, SEEDS, (4,)).dtype == torch.float32
 
 
-def test_ddpm_is_the_textbook_posterior_on_a_cosine_grid():
-    sigmas = sigma_grid("uniform_t", 12, 0.02, 30.0, "cosine")
-    x = start(30.0)
-    alphas = 1 / (1 + sigmas**2)
-    y = alphas[0].sqrt() * x
-    for row in range(12):
-        bar, bar_before = alphas[row], alphas[row + 1]  # Ho et al. 2020, eq. 7
-        alpha = bar / bar_before
-        x0 = curved(y / bar.sqrt(), sigmas[row].expand(6))
-        mean = bar_before.sqrt() * (1 - alpha) / (1 - bar) * x0 + alpha.sqrt() * (1 - bar_before) / (1 - bar) * y
-        variance = (1 - bar_before) / (1 - bar) * (1 - alpha)
-        y = mean + variance.sqrt() * noise_of(row)
-    assert torch.allclose(walk("ddpm", sigmas, curved, x), y / alphas[-1].sqrt(), rtol=0, atol=1e-12)
+def test_a_denoiser_is_told_the_level_of_its_row_in_the_type_of_x():
+    told = []
+    plan = make_plan(SamplerConfig("heun"), TO_ZERO)
+    sample(lambda x, sigma: told.append(sigma) or x, plan, start(30.0).float(), SEEDS)
+    assert torch.equal(torch.stack(told), plan.sigma.float()[:, None].expand(-1, 6))
 
 
-def test_euler_ancestral_steps_down_and_adds_noise_back():
-    sigmas, x = sigma_grid("karras", 9, 0.02, 30.0), start(30.0)
-    y = x
-    for row, (high, low) in enumerate(pairwise(sigmas)):
-        up = min(low, (low**2 * (high**2 - low**2) / high**2).sqrt())
-        down = (low**2 - up**2).sqrt()
-        slope = (y - curved(y, high.expand(6))) / high
-        y = y + (down - high) * slope + up * noise_of(row)
-    assert torch.allclose(walk("euler_ancestral", sigmas, curved, x), y, rtol=0, atol=1e-12)
+def test_a_watcher_sees_every_estimate_in_its_order():
+    seen = []
+    plan = make_plan(SamplerConfig(), sigma_grid("karras", 5, 0.02, 30.0))
+    x = sample(curved, plan, start(30.0), SEEDS, watch=lambda row, denoised: seen.append((row, denoised)))
+    assert [row for row, _ in seen] == [0, 1, 2, 3, 4]
+    assert torch.equal(seen[-1][1], x), "the last row goes to 0, where the estimate is the picture"
 
 
-@pytest.mark.parametrize("churn", [0.0, 3.0, 40.0])
-def test_heun_is_algorithm_2_of_the_edm_paper(churn):
-    sigmas, x = sigma_grid("karras", 9, 0.02, 30.0), start(30.0)
-    settings = {"churn": churn, "churn_low": 0.1, "churn_high": 20.0, "churn_noise": 1.01}
-    y, calls = x, 0
-    for row, (high, low) in enumerate(pairwise(sigmas)):
-        gamma = min(churn / 9, math.sqrt(2) - 1) if 0.1 <= high <= 20.0 else 0.0
-        raised = high * (1 + gamma)
-        # our noise belongs to the row before: that of the corrector that ended at this level
-        y = y + (raised**2 - high**2).sqrt() * 1.01 * noise_of(calls - 1) if row else y
-        slope = (y - curved(y, raised.expand(6))) / raised
-        calls += 1
-        ahead = y + (low - raised) * slope
-        if low > 0:
-            other = (ahead - curved(ahead, low.expand(6))) / low
-            calls += 1
-            ahead = y + (low - raised) * (slope + other) / 2
-        y = ahead
-    assert torch.allclose(walk("heun", sigmas, curved, x, **settings), y, rtol=0, atol=1e-12)
-    assert calls == len(make_plan(SamplerConfig("heun", **settings), sigmas)) == 17
+def test_a_constraint_amends_x_after_every_row_at_the_level_that_it_leaves():
+    seen, met = [], []
+    plan = make_plan(SamplerConfig("heun"), TO_ZERO)
+
+    def constrain(x, sigma_next, row):
+        seen.append((row, sigma_next.tolist()))
+        return torch.full_like(x, float(row))
+
+    x = sample(lambda x, sigma: met.append(float(x[0, 0])) or x, plan, start(30.0), SEEDS, constrain=constrain)
+    assert seen == [(row, [level] * 6) for row, level in enumerate(plan.sigma_next.tolist())]
+    assert met[1:] == [float(row) for row in range(len(plan) - 1)]
+    assert torch.equal(x, torch.full_like(x, len(plan) - 1))
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_dpmpp_2m_sde_is_the_published_midpoint_form(eta):
-    sigmas, x = sigma_grid("karras", 11, 0.02, 30.0), start(30.0)
-    y, last, last_h = x, None, None
-    for row, (high, low) in enumerate(pairwise(sigmas)):
-        d = curved(y, high.expand(6))
-        if low == 0:
-            y = d
-            break
-        h = torch.log(high / low)
-        y = low / high * torch.exp(-eta * h) * y - torch.expm1(-(1 + eta) * h) * d
-        if last is not None:
-            y = y - 0.5 * torch.expm1(-(1 + eta) * h) * (h / last_h) * (d - last)
-        y = y + low * (-torch.expm1(-2 * eta * h)).sqrt() * noise_of(row)
-        last, last_h = d, h
-    assert torch.allclose(walk("dpmpp_2m_sde", sigmas, curved, x, eta=eta), y, rtol=0, atol=1e-12)
-
-
-def test_ipndm_adds_up_its_last_four_slopes():
-    sigmas, x = sigma_grid("karras", 11, 0.02, 30.0), start(30.0)
-    y, slopes = x, []
-    for high, low in pairwise(sigmas):
-        slopes = [(y - curved(y, high.expand(6))) / high, *slopes[:3]]
-        if low == 0:
-            y = curved(y, high.expand(6))
-            break
-        weights = [[1], [1.5, -0.5], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
-        y = y + (low - high) * sum(w * s for w, s in zip(weights[len(slopes) - 1], slopes, strict=True))
-    assert torch.allclose(walk("ipndm_4", sigmas, curved, x), y, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("order", [3, 4])
-def test_the_exponential_multistep_is_exact_for_polynomials_in_ln_sigma(order):
-    # Where D is a polynomial of lambda of degree below the order and of nothing else, the solution is closed:
-    # x' = r·x + sum over m of the derivatives, by parts: the integral of e^l·P is e^l·(P - P' + P'' - P''').
-    sigmas = torch.tensor([9.0, 7.0, 3.0, 2.9, 0.8, 0.1, 0.03], dtype=torch.float64)
-    rng = np.random.default_rng(0)
-    polynomial = np.polynomial.Polynomial(rng.normal(size=order))
-    parts = sum((-1) ** m * polynomial.deriv(m) if m else polynomial for m in range(order))
-    plan = make_plan(SamplerConfig(f"exponential_{order}"), sigmas)
-    state = new_state(torch.zeros(1, 1, dtype=torch.float64), plan.memory)
-    for row in range(len(plan)):
-        high, low = float(sigmas[row]), float(sigmas[row + 1])
-        d = torch.full((1, 1), polynomial(-math.log(high)), dtype=torch.float64)
-        before = float(state.x)
-        state = step(state, plan.row(row), d, None)
-        if row >= order - 1:
-            gain = parts(-math.log(low)) - low / high * parts(-math.log(high))
-            assert float(state.x) == pytest.approx(low / high * before + gain, abs=1e-11)
-
-
-@pytest.mark.parametrize("grid", ["karras", "log_snr", "uniform_t", "timesteps"])
-@pytest.mark.parametrize("name", get_args(SamplerName))
-def test_no_sampler_loses_its_numbers_at_either_end(name, grid):
-    model = ModelConfig(PRESETS["tiny"], "v", 0.5, 0.0101, 150.0, (), "cosine", Timesteps())
-    for steps in (1, 2, 3, 20):
-        sigmas = model_grid(SamplerConfig(name, steps, grid), model)
-        for levels in (sigmas, sigmas[:-1])[: 1 if steps == 1 else 2]:
-            plan = make_plan(SamplerConfig(name, steps, grid, eta=0.7, churn=5.0), levels)
-            x = sample(gaussian, plan, start_noise(plan, SEEDS, (4,)), SEEDS)
-            assert torch.isfinite(x).all()
-            assert steps < 20 or float(x.abs().max()) < 5  # heun overshoots on a few steps
-
-
-@pytest.mark.parametrize("name", get_args(SamplerName))
-def test_one_step_is_the_denoiser_itself_for_every_sampler(name):
-    sigmas, x = sigma_grid("karras", 1, 0.02, 30.0), start(30.0)
-    assert torch.allclose(walk(name, sigmas, curved, x), curved(x, sigmas[:1].expand(6)), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", ["dpmpp_2m", "dpmpp_2m_sde", "ipndm_4", "exponential_3", "exponential_4"])
-def test_a_jump_begins_the_table_anew(name):
-    sigmas = torch.tensor([8.0, 4.0, 2.0, 1.0, 2.0, 1.0, 0.5], dtype=torch.float64)
-    up = torch.tensor([4.0, 2.0, 4.0, 2.0, 1.0, 0.5], dtype=torch.float64)
-    plan = make_plan(SamplerConfig(name), sigmas, up)
-    alone = make_plan(SamplerConfig(name), torch.tensor([4.0, 2.0, 1.0, 0.5]))
-    for column in ("a", "b", "c", "alpha", "beta"):
-        assert torch.allclose(getattr(plan, column)[3:], getattr(alone, column), rtol=1e-12), column
-    assert float(plan.s[2] ** 2) == pytest.approx(4.0**2 - 1.0**2)
-
-
-@pytest.mark.parametrize(
-    ("name", "memory"),
-    [("ddim", 0), ("heun", 1), ("dpmpp_2m", 1), ("ipndm_4", 3), ("exponential_3", 2), ("exponential_4", 3)],
-)
-def test_a_sampler_remembers_as_much_as_its_rule_needs(name, memory):
-    assert make_plan(SamplerConfig(name), sigma_grid("karras", 9, 0.02, 30.0)).memory == memory
-
-
-def test_a_batch_may_mix_rows_and_samplers_without_changing_a_bit():
-    plans = [make_plan(SamplerConfig(n), sigma_grid("log_snr", 9, 0.02, 30.0)) for n in ("ipndm_4", "exponential_4")]
-    rows = [plans[0].row(2), plans[1].row(6), plans[0].row(7)]
-    generator = torch.Generator().manual_seed(0)
-    x, d, z, *history = (torch.randn(3, 3, 8, 8, generator=generator) for _ in range(6))
-    mixed = Row(*(torch.cat(columns) for columns in zip(*rows, strict=True)))
-    together = step(State(x, tuple(history)), mixed, d, z)
-    for at, row in enumerate(rows):
-        part = slice(at, at + 1)
-        alone = step(State(x[part], tuple(each[part] for each in history)), row, d[part], z[part])
-        assert torch.equal(alone.x, together.x[part])
-        for one, all_ in zip(alone.history, together.history, strict=True):
-            assert torch.equal(one, all_[part])
-
-
-def test_dropping_the_order_of_the_last_row_is_an_option():
-    sigmas = sigma_grid("karras", 6, 0.02, 30.0)[:-1]
-    kept, dropped = (make_plan(SamplerConfig(lower_final=final), sigmas) for final in (False, True))
+def test_dropping_the_order_of_the_last_row_changes_that_row_alone():
+    kept, dropped = (make_plan(SamplerConfig(lower_final=final), UNEVEN) for final in (False, True))
     assert kept.c[-1] != 0
     assert dropped.c[-1] == 0
     assert torch.equal(kept.c[:-1], dropped.c[:-1])
@@ -413,31 +547,86 @@ def test_dropping_the_order_of_the_last_row_is_an_option():
 
 def test_a_discrete_model_walks_its_own_timesteps():
     model = ModelConfig(PRESETS["tiny"], "eps", sigma_min=0.01, sigma_max=160.0, timesteps=Timesteps())
-    sigmas = model_grid(SamplerConfig(steps=10, grid="timesteps"), model)
-    assert float(sigmas[0]) == pytest.approx(157.4, abs=0.1)
-    assert [name for name in get_args(GridName) if len(model_grid(SamplerConfig(steps=7, grid=name), model)) != 8] == []
-    with pytest.raises(ValueError, match="grid: timesteps has 0 levels"):
-        model_grid(SamplerConfig(grid="timesteps"), dataclasses.replace(model, timesteps=None))
+    product, own = 1.0, []
+    for k in range(1000):
+        product *= 1 - (1e-4 + k / 999 * (0.02 - 1e-4))
+        own.append(math.sqrt((1 - product) / product))
+    expected = [own[round(999 * (9 - i) / 9)] for i in range(10)] + [0.0]
+    assert model_grid(SamplerConfig(steps=10, grid="timesteps"), model).tolist() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, "grid: timesteps has 0 levels from 0.01 to 160.0 for 20 steps"),
+        ({"timesteps": Timesteps(count=10)}, "grid: timesteps has 10 levels from 0.01 to 160.0 for 20 steps"),
+        (
+            {"timesteps": Timesteps(), "sigma_min": 150.0},
+            "grid: timesteps has . levels from 150.0 to 160.0 for 20 steps",
+        ),
+    ],
+)
+def test_a_model_without_such_a_grid_is_refused(settings, told):
+    model = dataclasses.replace(ModelConfig(PRESETS["tiny"], "eps", sigma_min=0.01, sigma_max=160.0), **settings)
+    with pytest.raises(ValueError, match=told):
+        model_grid(SamplerConfig(grid="timesteps"), model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"steps": 0}, "steps: 0; need at least 1"),
+        ({"steps": -2}, "steps: -2; need at least 1"),
+        ({"eta": 1.5}, "eta: 1.5; need 0 to 1"),
+        ({"eta": -0.1}, "eta: -0.1; need 0 to 1"),
+        ({"eta": math.nan}, "eta: nan; need 0 to 1"),
+        ({"churn": -1.0}, "churn, churn_noise: -1.0, 1.0"),
+        ({"churn": math.inf}, "churn, churn_noise: inf, 1.0"),
+        ({"churn_noise": math.nan}, "churn, churn_noise: 0.0, nan"),
+        ({"churn_low": 2.0, "churn_high": 1.0}, "churn_low, churn_high: 2.0, 1.0"),
+        ({"churn_low": math.nan}, "churn_low, churn_high: nan"),
+    ],
+)
+def test_settings_without_a_table_are_refused_by_name(settings, told):
+    with pytest.raises(ValueError, match=told):
+        SamplerConfig("heun", **settings)
+
+
+@pytest.mark.parametrize(
+    "sigmas",
+    [
+        [], [1.0], [1.0, 2.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0], [1.0, 0.0, 0.0], [1.0, -1.0], [math.nan, 0.0],
+        [4.0, math.nan, 0.0], [4.0, math.nan], [math.inf, 1.0, 0.0], [1.0, -math.inf], [[2.0, 1.0], [1.0, 0.5]],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_grid_that_does_not_fall_is_refused(sigmas):
+    with pytest.raises(ValueError, match=r"sigmas: .*; need levels that decrease to 0"):
+        make_plan(SamplerConfig(), torch.tensor(sigmas))
+
+
+@pytest.mark.parametrize(
+    "up", [[0.5, 0.0], [math.nan, 0.0], [1.0, math.nan], [1.0], [1.0, 0.0, 0.0], [-1.0, 0.0]], ids=str
+)
+def test_a_jump_that_does_not_rise_is_refused(up):
+    with pytest.raises(ValueError, match="need levels"):
+        make_plan(SamplerConfig(), doubles(4.0, 1.0, 0.0), doubles(*up))
 
 
 @pytest.mark.parametrize(
     ("x", "seeds", "told"),
     [
-        (torch.zeros(6, 4), torch.zeros(6), "seeds: torch.float32"),
+        (torch.zeros(6, 4), torch.zeros(6), "seeds: torch.float32 .6.; need torch.int64"),
+        (torch.zeros(6, 4), torch.arange(6, dtype=torch.int32), "seeds: torch.int32"),
+        (torch.zeros(6, 4), torch.arange(6)[:, None], "seeds: torch.int64 .6, 1."),
+        (torch.zeros(0, 4), torch.arange(0), "seeds: torch.int64 .0."),
         (torch.zeros(6, 4), torch.arange(5), "x: torch.float32 .6, 4.; need .* for 5 seeds"),
         (torch.zeros(6, 4, dtype=torch.int64), torch.arange(6), "x: torch.int64"),
         (torch.full((6, 4), math.nan), torch.arange(6), "x: 24 of 24 values are NaN"),
+        (torch.tensor([[0.0, math.inf]]), torch.arange(1), "x: 1 of 2 values are NaN or infinite"),
     ],
 )
 def test_a_start_that_is_none_is_refused_by_its_name(x, seeds, told):
     plan = make_plan(SamplerConfig(), sigma_grid("karras", 3, 0.02, 30.0))
     with pytest.raises(ValueError, match=told):
         sample(curved, plan, x, seeds)
-
-
-@pytest.mark.parametrize(
-    "settings", [{"churn": -1.0}, {"churn_noise": math.nan}, {"churn_low": 2.0, "churn_high": 1.0}]
-)
-def test_churn_without_a_meaning_is_refused(settings):
-    with pytest.raises(ValueError, match="churn"):
-        SamplerConfig("heun", **settings)

@@ -17,86 +17,163 @@ from diffusion_core.schedules import (
     truncate,
 )
 
-GRIDS = ("karras", "log_snr", "uniform_t")
-COSINE = [math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(1000)]
+NAMES = list(SCHEDULES)
+# Every grid but "timesteps", which needs a model's own levels: name and schedule
+GRIDS = [("karras", "edm"), ("log_snr", "edm"), *[("uniform_t", name) for name in NAMES]]
+
+
+def cosine_alpha(t):
+    """Nichol & Dhariwal 2021, eq. 17, with s = 0.008: alpha_bar without its division by that of t = 0."""
+    return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
 # What the papers write: alpha_bar(t), with sigma² = (1 - alpha_bar)/alpha_bar; or sigma itself
 PUBLISHED = {
-    "linear": lambda t: math.sqrt(math.exp(0.5 * 19.9 * t**2 + 0.1 * t) - 1),
-    "cosine": lambda t: math.sqrt(COSINE[0] / (math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2) - 1),
+    "linear": lambda t: math.sqrt(1 / math.exp(-0.5 * 19.9 * t**2 - 0.1 * t) - 1),
+    "cosine": lambda t: math.sqrt(cosine_alpha(0) / cosine_alpha(t) - 1),
     "edm": lambda t: (0.002 ** (1 / 7) + t * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7,
     "flow": lambda t: t / (1 - t),
 }
 
 
-@pytest.mark.parametrize("name", list(SCHEDULES))
+def published_t(name, sigma):
+    """The inverse of the published formula, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if PUBLISHED[name](middle) < sigma else (low, middle)
+    return low
+
+
+def published_betas(timesteps):
+    """Betas one by one: Ho et al. 2020, the same in the root, and Nichol & Dhariwal 2021 cut off at 0.999."""
+    count, first, last = timesteps.count, timesteps.first, timesteps.last
+    if timesteps.betas == "linear":
+        return [first + k / (count - 1) * (last - first) for k in range(count)]
+    if timesteps.betas == "scaled_linear":
+        return [(math.sqrt(first) + k / (count - 1) * (math.sqrt(last) - math.sqrt(first))) ** 2 for k in range(count)]
+    return [min(1 - cosine_alpha((k + 1) / count) / cosine_alpha(k / count), 0.999) for k in range(count)]
+
+
+def doubles(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_schedule_is_its_published_formula(name):
     times = [0.01, 0.1, 0.25, 0.5, 0.9, 0.99]
-    found = SCHEDULES[name].sigma(torch.tensor(times, dtype=torch.float64))
-    assert found.tolist() == pytest.approx([PUBLISHED[name](t) for t in times], rel=1e-9)
+    levels = [PUBLISHED[name](t) for t in times]
+    assert SCHEDULES[name].sigma(doubles(*times)).tolist() == pytest.approx(levels, rel=1e-11)
+    assert SCHEDULES[name].t(doubles(*levels)).tolist() == pytest.approx(times, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", list(SCHEDULES))
+@pytest.mark.parametrize(
+    ("name", "slope"), [("linear", 0.1), ("cosine", math.pi / 1.008 * math.tan(0.004 / 1.008 * math.pi))]
+)
+def test_the_first_levels_keep_their_digits(name, slope):
+    # Near t = 0 alpha_bar is 1 - slope·t, which the formula as it is printed would round away.
+    t = 1e-13
+    assert float(SCHEDULES[name].sigma(doubles(t))) == pytest.approx(math.sqrt(slope * t), rel=1e-9)
+    assert float(SCHEDULES[name].t(doubles(math.sqrt(slope * t)))) == pytest.approx(t, abs=1e-15)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_sigma_and_t_are_exact_inverses(name):
-    t = torch.cat((torch.tensor([1e-6, 1e-4]), torch.linspace(0.001, 0.999, 999))).to(torch.float64)
+    # Toward t = 1 "cosine" and "flow" go to infinity, and a last digit of t is many of sigma.
+    t = torch.cat((doubles(0.0, 1e-12, 1e-9, 1e-6, 1e-4), torch.arange(1, 1000).double() / 1000, doubles(1 - 1e-6)))
     schedule = SCHEDULES[name]
     sigma = schedule.sigma(t)
     assert (sigma.diff() > 0).all()
-    assert torch.allclose(schedule.t(sigma), t, rtol=0, atol=1e-14)
-    assert torch.allclose(schedule.sigma(schedule.t(sigma)), sigma, rtol=1e-9, atol=0)
+    assert torch.allclose(schedule.t(sigma), t, rtol=0, atol=2e-15)
+    levels = torch.logspace(-2, 2, 401, dtype=torch.float64)
+    assert (schedule.t(levels).diff() > 0).all()
+    assert torch.allclose(schedule.sigma(schedule.t(levels)), levels, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("name", list(SCHEDULES))
+@pytest.mark.parametrize("name", NAMES)
 def test_uniform_t_takes_equal_steps_of_the_schedule(name):
-    sigmas = sigma_grid("uniform_t", 12, 0.01, 50.0, name)[:-1]
-    steps = SCHEDULES[name].t(sigmas).diff()
-    assert torch.allclose(steps, steps[0].expand(11), rtol=1e-9)
+    first, last = published_t(name, 50.0), published_t(name, 0.01)
+    expected = [PUBLISHED[name](first + i / 11 * (last - first)) for i in range(12)]
+    assert sigma_grid("uniform_t", 12, 0.01, 50.0, name)[:-1].tolist() == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("betas", ["linear", "scaled_linear", "cosine"])
-def test_the_levels_of_timesteps_are_those_of_the_betas(betas):
-    theirs = {"cosine": "squaredcos_cap_v2"}.get(betas, betas)
-    alphas = diffusers.DDPMScheduler(1000, 1e-4, 0.02, theirs).alphas_cumprod.double()
-    found = timestep_sigmas(Timesteps(betas))
-    # diffusers multiplies in float32, where the cosine's last products lose their digits
-    assert torch.allclose(found[:990], ((1 - alphas) / alphas).sqrt()[:990], rtol=2e-3)
-    by_hand, product = [], 1.0
-    for k in range(1000):
-        product *= 1 - (1e-4 + k / 999 * (0.02 - 1e-4))
-        by_hand.append(math.sqrt((1 - product) / product))
-    assert betas != "linear" or found.tolist() == pytest.approx(by_hand, rel=1e-9)
+@pytest.mark.parametrize(
+    "timesteps",
+    [
+        Timesteps(),
+        Timesteps("scaled_linear", 1000, 0.00085, 0.012),
+        Timesteps("cosine"),
+        Timesteps("linear", 7, 0.1, 0.5),
+    ],
+)
+def test_the_levels_of_timesteps_are_those_of_the_betas(timesteps):
+    expected, product = [], 1.0
+    for beta in published_betas(timesteps):
+        product *= 1 - beta
+        expected.append(math.sqrt((1 - product) / product))
+    found = timestep_sigmas(timesteps)
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("linear", "linear"), ("scaled_linear", "scaled_linear"), ("cosine", "squaredcos_cap_v2")]
+)
+def test_the_levels_of_timesteps_are_those_of_diffusers(ours, theirs):
+    alphas = diffusers.DDPMScheduler(1000, 1e-4, 0.02, theirs).alphas_cumprod
+    found = 1 / (1 + timestep_sigmas(Timesteps(ours)) ** 2)
+    # they subtract each beta from 1 and multiply up in float32: half a unit in the last place, a thousand times
+    assert torch.allclose(found, alphas.double(), rtol=1e-4, atol=0)
 
 
 def test_a_timestep_is_whole_at_its_level_linear_in_ln_sigma_and_held_at_the_ends():
     levels = timestep_sigmas(Timesteps())
-    assert torch.allclose(timestep_of(levels, levels), torch.arange(1000, dtype=torch.float64), atol=1e-9)
-    between = torch.exp(0.75 * levels[41].log() + 0.25 * levels[42].log())
-    assert float(timestep_of(between[None], levels)) == pytest.approx(41.25, abs=1e-9)
-    assert timestep_of(torch.tensor([1e-6, 1e6]), levels).tolist() == [0.0, 999.0]
+    whole = torch.arange(1000, dtype=torch.float64)
+    assert torch.allclose(timestep_of(levels, levels), whole, rtol=0, atol=1e-9)
+    assert torch.allclose(timestep_of(levels.float(), levels), whole, rtol=0, atol=1e-3), "also as a model is told it"
+    for low, part in ((0, 0.25), (41, 0.25), (998, 0.9)):
+        between = math.exp((1 - part) * math.log(levels[low]) + part * math.log(levels[low + 1]))
+        assert float(timestep_of(doubles(between), levels)) == pytest.approx(low + part, abs=1e-9)
+    found = timestep_of(torch.logspace(-3, 3, 5000, dtype=torch.float64), levels)
+    inside = (found > 0) & (found < 999)
+    assert (found.diff() >= 0).all()
+    assert (found[inside].diff() > 0).all()
+    assert timestep_of(doubles(1e-9, 1e9), levels).tolist() == [0.0, 999.0]
 
 
 def test_own_timesteps_are_taken_evenly_from_the_highest_down():
     levels = timestep_sigmas(Timesteps())
     sigmas = sigma_grid("timesteps", 4, 1e-3, 1e3, levels=levels)
     assert sigmas.tolist() == [*levels[[999, 666, 333, 0]].tolist(), 0.0]
-    within = sigma_grid("timesteps", 20, 0.1, 10.0, levels=levels)[:-1]
-    assert 0.1 <= float(within.min()) <= float(within.max()) <= 10.0
-    for count, given in ((1001, levels), (2, None)):
-        with pytest.raises(ValueError, match=f"grid: timesteps has .* for {count} steps"):
-            sigma_grid("timesteps", count, 1e-3, 1e3, levels=given)
+    inside = [level for level in levels.tolist() if 0.1 <= level <= 10.0]
+    places = [round((len(inside) - 1) * (19 - i) / 19) for i in range(20)]
+    assert sigma_grid("timesteps", 20, 0.1, 10.0, levels=levels)[:-1].tolist() == [inside[place] for place in places]
+    everything = sigma_grid("timesteps", 1000, 1e-3, 1e3, levels=levels)
+    assert everything.tolist() == [*levels.flip(0).tolist(), 0.0]
+    assert sigma_grid("timesteps", 1, 1e-3, 1e3, levels=levels).tolist() == [float(levels[-1]), 0.0]
+
+
+@pytest.mark.parametrize(
+    ("steps", "low", "high", "known"), [(1001, 1e-3, 1e3, True), (20, 1.0, 1.01, True), (2, 0.1, 1.0, False)]
+)
+def test_more_steps_than_own_timesteps_are_refused(steps, low, high, known):
+    with pytest.raises(ValueError, match=f"grid: timesteps has .* for {steps} steps"):
+        sigma_grid("timesteps", steps, low, high, levels=timestep_sigmas(Timesteps()) if known else None)
 
 
 def test_noise_is_added_by_its_sigma():
     x0, noise = torch.ones(2, 1, 2, 2), torch.full((2, 1, 2, 2), 3.0)
-    x = add_noise(x0, torch.tensor([0.5, 2.0]), noise)
-    assert x[:, 0, 0, 0].tolist() == [2.5, 7.0]
+    x = add_noise(x0, doubles(0.5, 2.0), noise)
+    assert x.dtype == torch.float32, "levels are float64, pictures keep their type"
+    assert x.flatten(1).tolist() == [[2.5] * 4, [7.0] * 4]
 
 
-@pytest.mark.parametrize("name", list(SCHEDULES))
+@pytest.mark.parametrize("name", NAMES)
 def test_sigmas_uniform_in_t_fill_the_schedule_evenly(name):
-    places = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
-    found = SCHEDULES[name].t(SigmaDistribution("uniform_t", schedule=name, low=0.01, high=50.0).sigma(places))
-    ends = SCHEDULES[name].t(torch.tensor([0.01, 50.0], dtype=torch.float64)).tolist()
-    assert found.tolist() == pytest.approx([ends[0] + p * (ends[1] - ends[0]) for p in places.tolist()], abs=1e-12)
+    low, high = published_t(name, 0.01), published_t(name, 50.0)
+    places = [1e-4, 0.25, 0.5, 0.9, 1 - 1e-4]
+    found = SigmaDistribution("uniform_t", schedule=name, low=0.01, high=50.0).sigma(doubles(*places))
+    assert found.tolist() == pytest.approx([PUBLISHED[name](low + p * (high - low)) for p in places], rel=1e-9)
 
 
 @pytest.mark.parametrize("settings", [{"std": 0.0}, {"low": 0.0}, {"low": 2.0, "high": 1.0}, {"high": math.inf}])
@@ -105,35 +182,47 @@ def test_an_empty_distribution_is_refused(settings):
         SigmaDistribution(**settings)
 
 
-def test_a_stratified_batch_takes_every_stratum_once_wherever_it_is_cut():
-    place = torch.arange(16)
-    for offset in (0.0, 0.03, 0.5, 0.999):
-        quantiles = stratify(torch.tensor([offset], dtype=torch.float64), place, 16)
-        assert sorted((quantiles * 16).floor().long().tolist()) == list(range(16))
-        parts = [stratify(torch.tensor([offset], dtype=torch.float64), part, 16) for part in place.split(5)]
-        assert torch.equal(torch.cat(parts), quantiles)
+@pytest.mark.parametrize("count", [7, 16, 48])
+@pytest.mark.parametrize("offset", [0.003, 0.2971, 0.7503, 0.999])
+def test_a_stratified_batch_takes_every_stratum_once_wherever_it_is_cut(offset, count):
+    place = torch.arange(count)
+    quantiles = stratify(doubles(offset), place, count)
+    assert sorted((quantiles * count).floor().long().tolist()) == list(range(count))
+    assert quantiles.tolist() == pytest.approx([(offset + k / count) % 1 for k in range(count)], abs=1e-7)
+    parts = [stratify(doubles(offset), part, count) for part in place.split(5)]
+    assert torch.equal(torch.cat(parts), quantiles)
 
 
-def test_a_single_stratified_quantile_is_uniform():
+@pytest.mark.parametrize("place", [0, 5, 15])
+def test_a_single_stratified_quantile_is_uniform(place):
     offsets = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    found = stratify(offsets, torch.full((1000,), 5), 16).sort().values
-    assert torch.allclose(found, offsets, atol=2e-3)
+    found = stratify(offsets, torch.full((1000,), place), 16).sort().values
+    # the offsets are turned by place/16, half a step of theirs or none
+    assert torch.allclose(found, offsets, rtol=0, atol=0.00051)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+def test_a_stratified_quantile_is_never_0_or_1():
+    found = stratify(doubles(0.0, 1.0, 1 - 2.0**-53), torch.tensor([0, 0, 0]), 4)
+    assert 0 < float(found.min()) <= float(found.max()) < 1
+    assert torch.isfinite(SigmaDistribution().sigma(found)).all()
+
+
+@pytest.mark.parametrize(("grid", "schedule"), GRIDS)
 @pytest.mark.parametrize("steps", [2, 3, 50])
-def test_every_grid_has_one_level_more_than_steps_and_falls_to_zero(grid, steps):
-    levels = sigma_grid(grid, steps, 0.01, 50.0).tolist()
+def test_every_grid_has_one_level_more_than_steps_and_falls_to_zero(grid, schedule, steps):
+    sigmas = sigma_grid(grid, steps, 0.01, 50.0, schedule)
+    levels = sigmas.tolist()
+    assert sigmas.dtype == torch.float64
     assert len(levels) == steps + 1
     assert levels[0] == pytest.approx(50.0, rel=1e-12)
-    assert levels[-2] == pytest.approx(0.01, rel=1e-9)
+    assert levels[-2] == pytest.approx(0.01, rel=1e-12)
     assert levels[-1] == 0
     assert levels == sorted(set(levels), reverse=True)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-def test_a_single_step_goes_straight_from_sigma_max_to_zero(grid):
-    assert sigma_grid(grid, 1, 0.01, 50.0).tolist() == pytest.approx([50.0, 0.0], rel=1e-12)
+@pytest.mark.parametrize(("grid", "schedule"), GRIDS)
+def test_a_single_step_goes_straight_from_sigma_max_to_zero(grid, schedule):
+    assert sigma_grid(grid, 1, 0.01, 50.0, schedule).tolist() == pytest.approx([50.0, 0.0], rel=1e-12)
 
 
 def test_karras_levels_are_equation_5_with_rho_7():
@@ -147,18 +236,21 @@ def test_log_snr_levels_are_a_geometric_sequence():
     assert sigma_grid("log_snr", 18, 0.002, 80.0)[:-1].tolist() == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("grid", ["karras", "log_snr", "uniform_t", "timesteps"])
 @pytest.mark.parametrize(
-    ("low", "high"), [(2.0, 1.0), (1.0, 1.0), (0.0, 1.0), (-1.0, 1.0), (math.nan, 1.0), (1.0, math.inf)]
+    ("low", "high"),
+    [(2.0, 1.0), (1.0, 1.0), (0.0, 1.0), (-1.0, 1.0), (math.nan, 1.0), (1.0, math.nan), (1.0, math.inf)],
 )
-def test_an_empty_noise_range_is_refused(low, high):
-    with pytest.raises(ValueError, match="need 0 < sigma_min < sigma_max"):
-        sigma_grid("karras", 5, low, high)
+def test_an_empty_noise_range_is_refused(grid, low, high):
+    with pytest.raises(ValueError, match=r"sigma_min, sigma_max: .*; need 0 < sigma_min < sigma_max"):
+        sigma_grid(grid, 5, low, high)
 
 
+@pytest.mark.parametrize("grid", ["karras", "log_snr", "uniform_t", "timesteps"])
 @pytest.mark.parametrize("steps", [0, -3])
-def test_a_grid_without_steps_is_refused(steps):
+def test_a_grid_without_steps_is_refused(grid, steps):
     with pytest.raises(ValueError, match=f"steps: {steps}; need at least 1"):
-        sigma_grid("karras", steps, 0.01, 50.0)
+        sigma_grid(grid, steps, 0.01, 50.0)
 
 
 @pytest.mark.parametrize(
