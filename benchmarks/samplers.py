@@ -12,7 +12,7 @@ level where it stopped. Each sampler is shown on the grid that serves it best, c
 diffusers walks the very same levels: `trained_betas` is made of them, so that "linspace" timesteps visit them all and
 final_sigmas_type="sigma_min" spends no call at the end; and its own Karras, exponential and Lu grids over the same
 range, down to 0. Its schedulers get eps of the exact denoiser at the level in their own table. Mixed rows tell what
-half of the proposal does: its grid under the other samplers, its sampler on the other grids.
+half of our default does: its grid arctan under the other samplers, its sampler angular_3 on the other grids.
 """
 
 import argparse
@@ -32,15 +32,17 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from diffusion_core.config import SamplerConfig, SamplerName, ScheduleName
+from diffusion_core.config import GridName, SamplerConfig, SamplerName, ScheduleName
 from diffusion_core.samplers import Plan, make_plan, sample
 from diffusion_core.schedules import sigma_grid
 
 HIGH, LOW = 80.0, 0.002
 CALLS = (5, 8, 10, 16, 32)
 SAMPLERS: tuple[SamplerName, ...] = ("ddim", "heun", "dpmpp_2m", "ipndm_4", "exponential_3", "exponential_4")
-# uniform_t of the edm schedule is karras over this range
+# The last three are uniform_t of a schedule; that of edm is karras over this range
 GRIDS = ("karras", "log_snr", "linear", "cosine", "flow")
+SCHEDULES: dict[str, ScheduleName] = {"linear": "linear", "cosine": "cosine", "flow": "flow"}
+NAMED: dict[str, GridName] = {"karras": "karras", "log_snr": "log_snr", "arctan": "arctan"}
 THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "DPM++ 2": ("DPMSolverMultistepScheduler", {"solver_order": 2}),
     "DPM++ 3": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
@@ -59,6 +61,7 @@ def main() -> None:
     parser.add_argument("plot", nargs="?", help="where to draw error against calls")
     parser.add_argument("--model", help="folder of a published model to solve instead of the mixtures")
     options = parser.parse_args()
+    torch.set_num_threads(torch.get_num_threads() if options.model else 1)  # the mixtures are small
     began = time.perf_counter()
     problems = list(network_problems(options.model) if options.model else mixture_problems())
     groups = list(dict.fromkeys(problem.group for problem in problems))
@@ -68,69 +71,13 @@ def main() -> None:
     curves: dict[int, list[Result]] = {}
     for calls in CALLS[: 3 if options.model else None]:
         runners = [*our_runners(calls), *(their_runners(diffusers, calls) if diffusers else [])]
-        curves[calls] = best_of_each([measure(runner, problems) for runner in runners])
-        print_table(calls, groups, curves[calls], bool(diffusers))
+        results = [measure(runner, problems) for runner in runners]
+        curves[calls] = best_of_each(results)
+        print_table(calls, groups, curves[calls])
+        print_ratios(groups, results)
     print(f"{time.perf_counter() - began:.0f} s, torch {torch.__version__}, {torch.get_num_threads()} threads")
     if options.plot:
         draw(options.plot, curves)
-
-
-# ---- Proposed: to be moved into diffusion_core, where `bell` is a grid and `angular_3` a sampler ---------------------
-
-_BELL_MIDDLE, _BELL_WIDTH = 0.8, 3.0
-_ANGLE_UNIT = 4.0
-
-
-def bell_grid(steps: int, sigma_min: float, sigma_max: float) -> Tensor:
-    """Levels [steps + 1] at equal steps of atan((ln sigma - 0.8)/3), the last of them 0 in place of sigma_min.
-
-    Steps are closest around sigma 2.2, where pictures in [-1, 1] take their shape, and grow towards both ends.
-    """
-    ends = [math.atan((math.log(end) - _BELL_MIDDLE) / _BELL_WIDTH) for end in (sigma_max, sigma_min)]
-    places = torch.linspace(ends[0], ends[1], steps + 1, dtype=torch.float64)
-    sigmas = torch.exp(_BELL_MIDDLE + _BELL_WIDTH * torch.tan(places))
-    sigmas[0], sigmas[-1] = sigma_max, 0.0
-    return sigmas
-
-
-def angular_plan(sigmas: Tensor) -> Plan:
-    """Predictor and corrector of third order in the angle t = atan(sigma/c), c = 4, for one call a row.
-
-    With y = x/sqrt(sigma² + c²) and the slope F = (n·D − (c²/n)·x)/(sigma·c), n = sqrt(sigma² + c²), the flow is
-    dy/dt = −F, regular down to sigma 0: data of standard deviation c has F = 0. Each row moves y by the polynomial
-    through the last three F; once F is known at its end, that move is replaced by the one of the polynomial that
-    goes through it, by the share 1/(1 + h⁴), h = ln(sigma/sigma'): long steps keep the prediction.
-    """
-    c = _ANGLE_UNIT
-    high, down = sigmas[:-1].to(torch.float64), sigmas[1:].to(torch.float64)
-    angles, ends = torch.atan(high / c), torch.atan(down / c)
-    weights = torch.zeros(len(high), 4, dtype=torch.float64)
-    predicted = torch.zeros(3, dtype=torch.float64)
-    for row in range(len(high)):
-        nodes = angles[max(row - 2, 0) : row + 1].flip(0)
-        if row:
-            share = 1 / (1 + torch.log(high[row - 1] / high[row]) ** 4)
-            weights[row, : len(nodes)] += share * _moves(nodes, angles[row - 1], angles[row])
-            weights[row, 1:] -= share * predicted
-        predicted = torch.zeros(3, dtype=torch.float64)
-        predicted[: len(nodes)] = _moves(nodes, angles[row], ends[row])
-        weights[row, :3] += predicted
-    norm, after = torch.sqrt(high**2 + c**2), torch.sqrt(down**2 + c**2)
-    alpha, beta = -c / (high * norm), norm / (high * c)
-    moved = -after[:, None] * weights
-    a, b = after / norm + moved[:, 0] * alpha, moved[:, 0] * beta
-    return Plan(high, down, a, b, moved[:, 1:], torch.zeros_like(a), alpha, beta)
-
-
-def _moves(nodes: Tensor, begin: Tensor, end: Tensor) -> Tensor:
-    """∫ ℓⱼ(t) dt from `begin` to `end` for the Lagrange polynomials of `nodes` [p <= 3], exact by Gauss-Legendre."""
-    half = (end - begin) / 2
-    t = (begin + end) / 2 + half * torch.tensor([-(3**-0.5), 3**-0.5], dtype=torch.float64)
-    values = []
-    for j, node in enumerate(nodes):
-        others = torch.cat((nodes[:j], nodes[j + 1 :]))
-        values.append(half * ((t[:, None] - others) / (node - others)).prod(dim=1).sum())
-    return torch.stack(values)
 
 
 # ---- Problems -------------------------------------------------------------------------------------------------------
@@ -186,20 +133,20 @@ class Mixture:
 
 
 def mixture_problems() -> Iterator[Problem]:
-    """Pictures that the proposed numbers were searched on, and problems that the search never saw."""
+    """Pictures that the numbers of arctan and angular_3 were searched on, and problems that the search never saw."""
     searched = [(31, 3, 16, 20, 10, 1.5, 0.5), (32, 1, 32, 40, 6, 1.2, 0.7), (33, 1, 16, 60, 8, 1.8, 0.4)]
     pictures = [(51, 3, 8, 30, 8, 1.3, 0.6), (52, 3, 24, 12, 12, 1.6, 0.5), (53, 1, 24, 80, 5, 1.0, 0.8)]
-    pictures.append((54, 3, 28, 10, 16, 1.5, 0.3))
+    pictures.append((54, 3, 32, 10, 24, 1.5, 0.3))
     points = [(61, 2, 5, 2, 0.8), (62, 6, 15, 5, 0.5), (63, 24, 18, 10, 0.6), (64, 64, 20, 8, 0.7)]
     for shape in searched:
-        yield solved("searched", picture_mixture(*shape), 12, shape[0], 120)
+        yield solved("searched", picture_mixture(*shape), 32, shape[0], 120)
     for shape in pictures:
-        yield solved("pictures", picture_mixture(*shape), 16, shape[0], 120)
+        yield solved("pictures", picture_mixture(*shape), 32, shape[0], 120)
     for spot in points:
-        yield solved("points", point_mixture(*spot), 96, spot[0], 200)
+        yield solved("points", point_mixture(*spot), 256, spot[0], 200)
     two = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
     ones = torch.ones(2, dtype=torch.float64)
-    yield solved("two modes", Mixture(ones / 2, two, ones[:, None, None], ones[:, None] / 16, ones / 16), 512, 71, 200)
+    yield solved("two modes", Mixture(ones / 2, two, ones[:, None, None], ones[:, None] / 16, ones / 16), 1024, 71, 200)
 
 
 def picture_mixture(
@@ -229,7 +176,8 @@ def smooth_pictures(rng: torch.Generator, count: int, channels: int, side: int, 
     noise = torch.randn(count, channels, side, side, generator=rng, dtype=torch.float64)
     if channels > 1:
         noise = 0.6 * channels**0.5 * noise.mean(1, keepdim=True) + 0.4 * noise
-    return torch.fft.ifft2(torch.fft.fft2(noise) * amplitude).real.reshape(count, -1)
+    smooth: Tensor = torch.fft.ifft2(torch.fft.fft2(noise) * amplitude).real
+    return smooth.reshape(count, -1)
 
 
 def point_mixture(seed: int, dim: int, modes: int, rank: int, spread: float) -> Mixture:
@@ -319,30 +267,29 @@ class Result(NamedTuple):
 
 
 def levels(grid: str, steps: int, to_zero: bool) -> Tensor:
-    """Levels [steps + 1] of a named grid or of a schedule's uniform steps, down to 0 or to 0.002."""
-    if grid == "bell":
-        sigmas = bell_grid(steps, LOW, HIGH)
+    """Levels [steps + 1] of a grid or of a schedule's uniform steps, down to 0 or to 0.002."""
+    if grid == "arctan":
+        sigmas = sigma_grid("arctan", steps, LOW, HIGH)
         return sigmas if to_zero else torch.cat((sigmas[:-1], torch.tensor([LOW], dtype=torch.float64)))
     count = steps if to_zero else steps + 1
-    if grid == "karras" or grid == "log_snr":
-        sigmas = sigma_grid(grid, count, LOW, HIGH)
+    if grid in NAMED:
+        sigmas = sigma_grid(NAMED[grid], count, LOW, HIGH)
     else:
-        schedule: ScheduleName = "linear" if grid == "linear" else "cosine" if grid == "cosine" else "flow"
-        sigmas = sigma_grid("uniform_t", count, LOW, HIGH, schedule)
+        sigmas = sigma_grid("uniform_t", count, LOW, HIGH, SCHEDULES[grid])
     return sigmas if to_zero else sigmas[:-1]
 
 
 def our_runners(calls: int) -> Iterator[Runner]:
-    """Every deterministic sampler of the core on every grid, to 0 and to 0.002, and the proposed ones."""
-    for grid in (*GRIDS, "bell"):
+    """Our default; every other deterministic sampler on every grid, to 0 and to 0.002; angular_3 on other grids."""
+    for grid in ("arctan", "karras", "log_snr"):
+        plan = make_plan(SamplerConfig("angular_3", calls), levels(grid, calls, to_zero=grid == "arctan"))
+        yield Runner("default" if grid == "arctan" else "mixed", "angular_3", grid, walk(plan))
+    for grid in (*GRIDS, "arctan"):
         for to_zero in (True, False):
             for name in SAMPLERS:
                 steps = (calls + to_zero) // 2 if name == "heun" else calls
                 plan = make_plan(SamplerConfig(name, steps), levels(grid, steps, to_zero))
-                yield Runner("mixed" if grid == "bell" else "ours", name, grid, walk(plan))
-    for grid in ("bell", "karras", "log_snr"):
-        plan = angular_plan(levels(grid, calls, to_zero=grid == "bell"))
-        yield Runner("proposed" if grid == "bell" else "mixed", "angular_3", grid, walk(plan))
+                yield Runner("mixed" if grid == "arctan" else "ours", name, grid, walk(plan))
 
 
 def walk(plan: Plan) -> Callable[[Problem], tuple[Tensor, float]]:
@@ -372,10 +319,10 @@ def their_runners(diffusers: Any, calls: int) -> Iterator[Runner]:
     for name, (kind, settings) in THEIRS.items():
         scheduler = getattr(diffusers, kind)
         stop = {} if name.startswith("DEIS") else {"final_sigmas_type": "sigma_min"}
-        for grid in (*GRIDS, "bell"):
+        for grid in (*GRIDS, "arctan"):
             betas = betas_of(levels(grid, calls, to_zero=False))
             arguments = {**settings, **stop, "trained_betas": betas, "num_train_timesteps": len(betas)}
-            yield Runner("mixed" if grid == "bell" else "theirs", name, grid, drive(scheduler, arguments, calls))
+            yield Runner("mixed" if grid == "arctan" else "theirs", name, grid, drive(scheduler, arguments, calls))
         betas = betas_of(levels("log_snr", 999, to_zero=False))
         for option, grid in OWN_GRIDS.items():
             if option != "use_lu_lambdas" or name.startswith("DPM"):
@@ -432,31 +379,37 @@ def best_of_each(results: list[Result]) -> list[Result]:
     best: dict[tuple[str, str], Result] = {}
     for result in sorted(results, key=lambda result: result.overall):
         best.setdefault((result.runner.kind, result.runner.sampler), result)
-    kinds = ["proposed", "ours", "theirs", "mixed"]
+    kinds = ["default", "ours", "theirs", "mixed"]
     return sorted(best.values(), key=lambda result: kinds.index(result.runner.kind))
 
 
-def print_table(calls: int, groups: list[str], results: list[Result], theirs: bool) -> None:
-    """One line a sampler, the best of a kind marked, and how the kinds compare."""
-    print(
-        f"\n{calls} calls" + 26 * " " + "grid         " + "".join(f"{group:>12}" for group in groups) + "      unseen"
-    )
-    first: dict[str, Result] = {}
-    for result in results:
+def print_table(calls: int, groups: list[str], best: list[Result]) -> None:
+    """One line a sampler, with the best of a kind marked."""
+    print(f"\n{f'{calls} calls':34}{'grid':12}" + "".join(f"{group:>12}" for group in (*groups, "unseen")))
+    kinds = {"mixed"}
+    for result in best:
         kind = result.runner.kind
-        mark = "" if kind in first else "  <- best"
-        first.setdefault(kind, result)
+        mark = "" if kind in kinds else "  <- best"
+        kinds.add(kind)
         cells = "".join(f"{result.groups[group]:12.4f}" for group in groups)
-        name = f"{kind:10}{result.runner.sampler}"
-        print(f"  {name:32}{result.runner.grid:12}{cells}{result.overall:12.4f}{mark if kind != 'mixed' else ''}")
-    for kind in ("ours", "theirs") if theirs else ("ours",):
-        ratios = "".join(f"{first[kind].groups[group] / first['proposed'].groups[group]:12.2f}" for group in groups)
-        name = f"best of {kind} / proposed"
-        print(f"  {name:44}{ratios}{first[kind].overall / first['proposed'].overall:12.2f}")
+        print(f"  {kind:10}{result.runner.sampler:22}{result.runner.grid:12}{cells}{result.overall:12.4f}{mark}")
+
+
+def print_ratios(groups: list[str], results: list[Result]) -> None:
+    """How many times the error of the default the others have: the best sampler and grid of each column by itself."""
+    default = next(result for result in results if result.runner.kind == "default")
+    for kind in ("ours", "theirs"):
+        rivals = [result for result in results if result.runner.kind == kind]
+        if rivals:
+            ratios = [min(rival.groups[group] for rival in rivals) / default.groups[group] for group in groups]
+            ratios.append(min(rival.overall for rival in rivals) / default.overall)
+            print(
+                f"  {f'best of {kind} here / default':44}" + "".join(f"{ratio:12.2f}" for ratio in ratios), flush=True
+            )
 
 
 def draw(path: str, curves: dict[int, list[Result]]) -> None:
-    """Error against calls, both logarithmic: the proposed sampler, the best four of ours, and theirs."""
+    """Error against calls, both logarithmic: our default, and the best four of ours and of theirs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -467,11 +420,11 @@ def draw(path: str, curves: dict[int, list[Result]]) -> None:
         for result in results:
             lines.setdefault((result.runner.kind, result.runner.sampler), []).append(result.overall)
     figure, axes = pyplot.subplots(figsize=(10, 6.2), dpi=100, layout="constrained")
-    styles = {"proposed": ("-", "o", 3.0), "ours": ("--", "s", 1.5), "theirs": ("-", "^", 1.5)}
+    styles = {"default": ("-", "o", 3.0), "ours": ("--", "s", 1.5), "theirs": ("-", "^", 1.5)}
     for kind, (line, marker, width) in styles.items():
         chosen = sorted((errors[1], name, errors) for (own, name), errors in lines.items() if own == kind)[:4]
         for _, name, errors in chosen:
-            label = name if kind == "ours" else f"{name} ({'new' if kind == 'proposed' else 'diffusers'})"
+            label = name if kind == "ours" else f"{name} ({'our default' if kind == 'default' else 'diffusers'})"
             axes.loglog(list(curves), errors, line, marker=marker, linewidth=width, label=label)
     axes.set_xticks(list(curves), [str(calls) for calls in curves])
     axes.minorticks_off()

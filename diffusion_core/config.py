@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Prediction = Literal["eps", "x0", "v", "edm", "flow"]
 Weighting = Literal["unit", "min_snr", "soft_min_snr", "edm"]
@@ -102,10 +102,10 @@ class Timesteps:
 
     def __post_init__(self) -> None:
         """Raise ValueError where the betas are no probabilities."""
-        if self.count < 1 or not 0 < self.first <= self.last < 1:
+        if self.count < 2 or not 0 < self.first <= self.last < 1:
             raise ValueError(
                 f"timesteps: count {self.count}, first {self.first}, last {self.last}; "
-                "need a count of at least 1 and 0 < first <= last < 1"
+                "need a count of at least 2 and 0 < first <= last < 1"
             )
 
 
@@ -155,8 +155,8 @@ class SamplerConfig:
 
     A step is one denoiser call, with heun two. `eta` scales the fresh noise of "ddim" (0 to 1) and "dpmpp_2m_sde",
     and is ignored by names that fix it. `churn` (S_churn of Karras et al. 2022) lets heun raise the noise between
-    `churn_low` and `churn_high`, by noise of standard deviation `churn_noise`. `lower_final` takes dpmpp_2m's last
-    row at first order where the grid does not end at 0.
+    `churn_low` and `churn_high`, by noise of standard deviation `churn_noise`. `lower_final` takes the last row
+    of dpmpp_2m and dpmpp_2m_sde at first order where the grid does not end at 0.
     """
 
     sampler: SamplerName = "angular_3"
@@ -171,6 +171,9 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError where no table of coefficients exists."""
+        for name, value, known in (("sampler", self.sampler, SamplerName), ("grid", self.grid, GridName)):
+            if value not in get_args(known):
+                raise ValueError(f"{name}: {value!r}; there are {', '.join(get_args(known))}")
         if self.steps < 1:
             raise ValueError(f"steps: {self.steps}; need at least 1")
         if not 0.0 <= self.eta <= 1.0:

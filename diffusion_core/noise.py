@@ -64,17 +64,13 @@ def _random_words(seeds: Tensor, purpose: Purpose, step: int | Tensor, count: in
 
 
 def _philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Ten rounds of Philox4x32 on int64 tensors that hold 32-bit words."""
+    """Ten rounds of Philox4x32 on int64 tensors; what lies above 32 bits is cut off where it would count."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
         low = c0 * _MULTIPLIERS[0]  # a 64-bit product that wraps as unsigned would: only its bits are used
         high = c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((high >> 32) & _MASK) ^ c1 ^ k0,
-            high & _MASK,
-            ((low >> 32) & _MASK) ^ c3 ^ k1,
-            low & _MASK,
-        )
+        c0, c2 = ((high >> 32) ^ c1 ^ k0) & _MASK, ((low >> 32) ^ c3 ^ k1) & _MASK
+        c1, c3 = high, low
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
+    return c0, c1 & _MASK, c2, c3 & _MASK

@@ -86,11 +86,14 @@ def make_plan(config: SamplerConfig, sigmas: Tensor, up: Tensor | None = None) -
     jump), where the next one starts. Raises ValueError where an interval would not walk down from a positive level.
     """
     levels = sigmas.to(torch.float64)
+    if levels.ndim != 1 or len(levels) < 2 or not (torch.isfinite(levels) & (levels >= 0)).all():
+        raise ValueError(f"sigmas: {sigmas.tolist()}; need levels that decrease to 0, at least two of them")
     down = levels[1:]
     after = down if up is None else up.to(torch.float64)
-    high = torch.cat((levels[:1], after[:-1])) if len(levels) > 1 else down
-    falls = levels.ndim == 1 and len(down) and torch.isfinite(levels).all() and len(after) == len(down)
-    if not falls or not ((down < high) & (down >= 0) & (after >= down)).all():
+    if after.shape != down.shape or not (torch.isfinite(after) & (after >= down)).all():
+        raise ValueError(f"up: {after.tolist()}; need a finite level for each interval, none below {down.tolist()}")
+    high = torch.cat((levels[:1], after[:-1]))
+    if not (down < high).all():
         raise ValueError(f"sigmas: {sigmas.tolist()}; need levels that decrease to 0, at least two of them")
     return _PLANNERS[config.sampler](_Walk(high, down, after), config)
 
@@ -124,8 +127,8 @@ def sample(
     that is not floating or not finite.
     """
     checks.seeds("seeds", seeds)
-    if len(seeds) != len(x) or not x.is_floating_point():
-        raise ValueError(f"x: {x.dtype} {list(x.shape)}; need a floating type and one picture for {len(seeds)} seeds")
+    if x.shape[:1] != seeds.shape or x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"x: {x.dtype} {list(x.shape)}; need float32 or float64, a picture for {len(seeds)} seeds")
     checks.finite("x", x)
     state = new_state(x, plan.memory)
     for row in range(len(plan)):

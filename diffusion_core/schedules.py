@@ -142,8 +142,11 @@ class SigmaDistribution:
 
     def __post_init__(self) -> None:
         """Raise ValueError where the distribution is empty."""
-        if not (self.std > 0 and 0 < self.low < self.high < math.inf):
-            raise ValueError(f"sigma: std {self.std}, low {self.low}, high {self.high}; need std > 0, 0 < low < high")
+        if not (math.isfinite(self.mean) and 0 < self.std < math.inf and 0 < self.low < self.high < math.inf):
+            raise ValueError(
+                f"sigma: mean {self.mean}, std {self.std}, low {self.low}, high {self.high}; "
+                "need finite values, std > 0 and 0 < low < high"
+            )
 
     def sigma(self, uniform: Tensor) -> Tensor:
         """The sigmas at quantiles `uniform` [B] in (0, 1)."""
@@ -159,7 +162,7 @@ def stratify(offset: Tensor, place: Tensor, count: int) -> Tensor:
     `offset` [B] is one uniform number of the whole batch (Kingma et al. 2021, appendix I.1). A single quantile is
     still uniform.
     """
-    return torch.frac(offset + place / count).clamp(2.0**-33, 1 - 2.0**-33)
+    return torch.frac(offset + place.to(torch.float64) / count).clamp(2.0**-33, 1 - 2.0**-33)
 
 
 def _karras(fractions: Tensor, sigma_min: float, sigma_max: float) -> Tensor:

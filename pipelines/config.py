@@ -144,7 +144,7 @@ class SampleOptions(Settings):
     steps: int = Field(18, ge=1, le=1000, description="denoiser calls for a picture")
     grid: GridName = Field("arctan", description="spacing of the noise levels")
     eta: float = Field(0.0, ge=0.0, le=1.0, description="fresh noise of ddim and dpmpp_2m_sde; others fix their own")
-    guidance_scale: float = Field(1.5, ge=0.0, le=20.0, description="classifier-free guidance; 1 is off")
+    guidance_scale: float = Field(2.0, ge=0.0, le=20.0, description="classifier-free guidance; 1 is off")
     guidance_low: float = Field(0.0, ge=0.0, description="no guidance at noise levels up to this")
     guidance_high: float = Field(1000.0, gt=0.0, description="no guidance at noise levels above this")
     guidance_rescale: float = Field(0.0, ge=0.0, le=1.0, description="how far to undo the contrast that guidance adds")

@@ -19,9 +19,20 @@ SIGMA_DATA = 0.5
 SEEDS = torch.arange(6)
 MEMORY = {
     "ddim": 0, "ddpm": 0, "euler": 0, "euler_ancestral": 0, "heun": 1, "dpmpp_2m": 1, "dpmpp_2m_sde": 1, "ipndm_4": 3,
-    "exponential_3": 2, "exponential_4": 3,
+    "exponential_3": 2, "exponential_4": 3, "angular_3": 3,
 }  # fmt: skip
+# "angular_3" is exact for Gaussian data instead
+EXACT_FOR_ONE_PICTURE = [name for name in MEMORY if name != "angular_3"]
 COLUMNS = ("sigma", "sigma_next", "a", "b", "c", "s", "alpha", "beta")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors of a few numbers: a second thread would only be waited for, on a busy machine for long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def doubles(*values):
@@ -121,39 +132,46 @@ def slope(counts, errors):
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "mixture"])
-@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("ddim", 1), ("heun", 2), ("dpmpp_2m", 2)])
+@pytest.mark.parametrize(
+    ("name", "order"), [("euler", 1), ("ddim", 1), ("heun", 2), ("dpmpp_2m", 2), ("dpmpp_2m_sde", 2), ("ipndm_4", 2)]
+)
 def test_a_sampler_has_its_order_against_the_exact_flow(name, order, kind):
     counts = [16, 32, 64, 128]
     assert slope(counts, flow_errors(name, kind, counts, 20.0, 0.05)) == pytest.approx(order, abs=0.15)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "mixture"])
-@pytest.mark.parametrize(("name", "least"), [("exponential_3", 2.7), ("exponential_4", 3.5)])
-def test_the_exponential_multistep_has_its_order(name, least, kind):
+@pytest.mark.parametrize(("name", "least"), [("exponential_3", 2.7), ("exponential_4", 3.5), ("angular_3", 2.7)])
+def test_a_multistep_of_higher_order_has_it_from_noise_on(name, least, kind):
     # The first rows have lower order; at sigma 80, where the answer hardly depends on x, that costs nothing.
     coarse, fine = flow_errors(name, kind, (64, 128), 80.0, 0.002)
     assert math.log2(coarse / fine) >= least
 
 
 @pytest.mark.parametrize(
-    ("name", "order", "sigmas"),
+    ("name", "order", "grid"),
     [
-        ("dpmpp_2m", 2, lambda count: sigma_grid("karras", count + 1, 0.05, 20.0)[:-1]),
-        ("exponential_3", 3, lambda count: sigma_grid("karras", count + 1, 0.05, 20.0)[:-1]),
-        ("exponential_4", 4, lambda count: sigma_grid("karras", count + 1, 0.05, 20.0)[:-1]),
+        ("dpmpp_2m", 2, "karras"),
+        ("exponential_3", 3, "karras"),
+        ("exponential_4", 4, "karras"),
+        ("angular_3", 3, "karras"),
         # its weights are those of equal steps; on any other grid it is a method of second order
-        ("ipndm_4", 4, lambda count: torch.linspace(3.0, 0.3, count + 1, dtype=torch.float64)),
-        ("ipndm_4", 2, lambda count: sigma_grid("karras", count + 1, 0.05, 20.0)[:-1]),
+        ("ipndm_4", 4, "equal"),
+        ("ipndm_4", 2, "karras"),
     ],
 )
-def test_rows_that_lean_on_an_exact_past_have_their_full_order(name, order, sigmas):
+def test_rows_that_lean_on_an_exact_past_have_their_full_order(name, order, grid):
     counts, errors = [32, 64, 128], []
     for count in counts:
-        levels, memory = sigmas(count), MEMORY[name]
+        equal = torch.linspace(3.0, 0.3, count + 1, dtype=torch.float64)
+        levels = equal if grid == "equal" else sigma_grid("karras", count + 1, 0.05, 20.0)[:-1]
+        memory = MEMORY[name]
         plan, path = make_plan(SamplerConfig(name), levels), mixture_path(mixture_start(float(levels[0])), levels)
-        known = [mixture(x, sigma[None]) for x, sigma in zip(path, levels, strict=True)]
-        if name == "ipndm_4":
-            known = [(x - d) / sigma for x, d, sigma in zip(path, known, levels, strict=True)]
+        known = []
+        for x, sigma in zip(path, levels, strict=True):
+            d, n = mixture(x, sigma[None]), torch.hypot(sigma, doubles(4.0))
+            slopes = {"ipndm_4": (x - d) / sigma, "angular_3": (n * d - 16 / n * x) / (4 * sigma)}
+            known.append(slopes.get(name, d))
         state = State(path[memory], tuple(known[:memory][::-1]))
         for row in range(memory, len(plan)):
             state = step(state, plan.row(row), mixture(state.x, plan.sigma[row : row + 1]), None)
@@ -336,6 +354,45 @@ def test_the_exponential_multistep_is_exact_for_polynomials_in_ln_sigma(order):
             assert float(state.x) == pytest.approx(low / high * before + gain, abs=1e-12)
 
 
+def polynomial_move(nodes, values, begin, end):
+    """The integral from `begin` to `end` of the polynomial through `values` at `nodes`, moment by moment."""
+    moments = [(end**m - begin**m) / m for m in range(1, len(nodes) + 1)]
+    weights = np.linalg.solve(np.vander(nodes, increasing=True).T, moments).tolist()
+    return sum(w * value for w, value in zip(weights, values, strict=True))
+
+
+@pytest.mark.parametrize("sigmas", [UNEVEN, TO_ZERO, sigma_grid("arctan", 9, 0.02, 30.0)])
+def test_angular_3_predicts_in_the_angle_and_corrects_a_row_later(sigmas):
+    x = start(30.0)
+    # y = x/n with n = sqrt(sigma² + 16) has dy/dt = (n²/4)·((x - D)/(sigma·n) - x·sigma/n³) at sigma = 4·tan t
+    y, known, move, last_h = x / math.hypot(30.0, 4.0), [], None, None
+    angles = [math.atan(sigma / 4) for sigma in sigmas.tolist()]
+    for row, (high, low) in enumerate(pairwise(sigmas.tolist())):
+        n = math.hypot(high, 4.0)
+        d = curved(y * n, doubles(high).expand(6))
+        known = [n**2 / 4 * ((y * n - d) / (high * n) - y * high / n**2), *known[:2]]
+        nodes = angles[row - len(known) + 1 : row + 1][::-1]
+        if move is not None:
+            corrected = polynomial_move(nodes, known, angles[row - 1], angles[row])
+            y = y + (corrected - move) / (1 + last_h**4)
+        move, last_h = polynomial_move(nodes, known, angles[row], angles[row + 1]), math.log(high / low) if low else 0
+        y = y + move
+    assert_same(walk("angular_3", sigmas, curved, x), y * math.hypot(float(sigmas[-1]), 4.0))
+
+
+@pytest.mark.parametrize("up", [[5.0, 2.0, 1.0, 0.5, 0.1, 0.0], [5.0, 9.0, 1.5, 2.0, 0.1, 0.0]])
+def test_angular_3_is_exact_in_every_row_for_gaussian_data_of_its_unit(up):
+    # The slope in the angle is 0 there, also where the sampler goes to 0.
+    down = [5.0, 2.0, 1.0, 0.5, 0.1, 0.0]
+    plan = make_plan(SamplerConfig("angular_3"), doubles(9.0, *down), doubles(*up))
+    state = new_state(torch.ones(1, 1, dtype=torch.float64), 3)
+    for row, (begin, end, leave) in enumerate(zip([9.0, *up[:-1]], down, up, strict=True)):
+        before = float(state.x)
+        state = step(state, plan.row(row), state.x * 16 / (16 + begin**2), None)
+        assert float(state.x) == pytest.approx(before * math.hypot(end, 4) / math.hypot(begin, 4), rel=1e-13)
+        assert float(plan.s[row] ** 2) == pytest.approx(leave**2 - end**2, abs=1e-12)
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -359,7 +416,7 @@ def test_fresh_noise_keeps_the_right_variance(name, settings):
 
 
 @pytest.mark.parametrize(
-    ("sampler", "settings"), [*[(name, {"eta": 0.7}) for name in MEMORY], ("heun", {"churn": 5.0})]
+    ("sampler", "settings"), [*[(name, {"eta": 0.7}) for name in EXACT_FOR_ONE_PICTURE], ("heun", {"churn": 5.0})]
 )
 @pytest.mark.parametrize(
     "up", [None, (5.0, 9.0, 1.5, 2.0, 0.3, 0.0), (5.0, 2.0, 1.0, 4.0, 0.1, 0.5)], ids=["straight", "jumps", "end above"]
@@ -382,7 +439,7 @@ def test_each_row_leaves_the_noise_level_that_it_names(sampler, settings, up):
         assert plan.sigma_next.tolist() == (levels[1:].tolist() if up is None else list(up))
 
 
-@pytest.mark.parametrize("name", list(MEMORY))
+@pytest.mark.parametrize("name", EXACT_FOR_ONE_PICTURE)
 def test_a_picture_that_the_denoiser_is_sure_of_is_where_the_walk_ends(name):
     x = start(30.0)
     sure = torch.full_like(x, 0.3)
@@ -439,7 +496,7 @@ def test_a_jump_begins_the_table_anew(name):
 
 def test_dpmpp_2m_takes_a_first_order_step_after_a_jump():
     sigmas = doubles(4.0, 2.0, 1.0, 0.5, 0.0)
-    plan = make_plan(SamplerConfig(), sigmas, up=doubles(2.0, 3.0, 0.5, 0.0))
+    plan = make_plan(SamplerConfig("dpmpp_2m"), sigmas, up=doubles(2.0, 3.0, 0.5, 0.0))
     # Only the second row leans on the one before, by (1 - r)·h/(2·h_before) with r = 1/2 and equal h
     assert plan.c[:, 0].tolist() == pytest.approx([0.0, -0.25, 0.0, 0.0])
 
@@ -452,7 +509,7 @@ def test_a_sampler_remembers_as_much_as_its_rule_needs(name):
     assert all(torch.equal(each, torch.zeros(2, 3, dtype=torch.float64)) for each in state.history)
     for row in range(5):
         state = step(state, plan.row(row), torch.full((2, 3), float(row + 2), dtype=torch.float64), None)
-    if name != "ipndm_4":
+    if name not in ("ipndm_4", "angular_3"):  # those remember slopes
         assert [float(each[0, 0]) for each in state.history] == [6.0, 5.0, 4.0][: plan.memory], "the newest first"
 
 
@@ -518,7 +575,7 @@ def test_a_denoiser_is_told_the_level_of_its_row_in_the_type_of_x():
 
 def test_a_watcher_sees_every_estimate_in_its_order():
     seen = []
-    plan = make_plan(SamplerConfig(), sigma_grid("karras", 5, 0.02, 30.0))
+    plan = make_plan(SamplerConfig("dpmpp_2m"), sigma_grid("karras", 5, 0.02, 30.0))
     x = sample(curved, plan, start(30.0), SEEDS, watch=lambda row, denoised: seen.append((row, denoised)))
     assert [row for row, _ in seen] == [0, 1, 2, 3, 4]
     assert torch.equal(seen[-1][1], x), "the last row goes to 0, where the estimate is the picture"
@@ -539,10 +596,35 @@ def test_a_constraint_amends_x_after_every_row_at_the_level_that_it_leaves():
 
 
 def test_dropping_the_order_of_the_last_row_changes_that_row_alone():
-    kept, dropped = (make_plan(SamplerConfig(lower_final=final), UNEVEN) for final in (False, True))
+    kept, dropped = (make_plan(SamplerConfig("dpmpp_2m", lower_final=final), UNEVEN) for final in (False, True))
     assert kept.c[-1] != 0
     assert dropped.c[-1] == 0
     assert torch.equal(kept.c[:-1], dropped.c[:-1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "known"),
+    [
+        ({"eta": 0.7}, {"ddim", "dpmpp_2m_sde"}),
+        ({"churn": 5.0, "churn_noise": 1.1}, {"heun"}),
+        ({"lower_final": True}, {"dpmpp_2m", "dpmpp_2m_sde"}),
+    ],
+    ids=["eta", "churn", "lower_final"],
+)
+def test_a_setting_is_for_those_samplers_alone_that_know_it(settings, known):
+    changed = set()
+    for name in MEMORY:
+        plain, other = (make_plan(SamplerConfig(name, **given), UNEVEN) for given in ({}, settings))
+        if not all(torch.equal(getattr(plain, column), getattr(other, column)) for column in COLUMNS):
+            changed.add(name)
+    assert changed == known
+
+
+def test_uniform_t_is_uniform_in_the_schedule_of_the_model():
+    model = ModelConfig(PRESETS["tiny"], "flow", sigma_min=0.01, sigma_max=99.0, schedule="flow")
+    times = [0.99 + i / 8 * (0.01 / 1.01 - 0.99) for i in range(9)]
+    expected = [t / (1 - t) for t in times] + [0.0]
+    assert model_grid(SamplerConfig(steps=9, grid="uniform_t"), model).tolist() == pytest.approx(expected, rel=1e-11)
 
 
 def test_a_discrete_model_walks_its_own_timesteps():
@@ -569,7 +651,7 @@ def test_a_discrete_model_walks_its_own_timesteps():
 def test_a_model_without_such_a_grid_is_refused(settings, told):
     model = dataclasses.replace(ModelConfig(PRESETS["tiny"], "eps", sigma_min=0.01, sigma_max=160.0), **settings)
     with pytest.raises(ValueError, match=told):
-        model_grid(SamplerConfig(grid="timesteps"), model)
+        model_grid(SamplerConfig(steps=20, grid="timesteps"), model)
 
 
 @pytest.mark.parametrize(
@@ -609,7 +691,7 @@ def test_a_grid_that_does_not_fall_is_refused(sigmas):
     "up", [[0.5, 0.0], [math.nan, 0.0], [1.0, math.nan], [1.0], [1.0, 0.0, 0.0], [-1.0, 0.0]], ids=str
 )
 def test_a_jump_that_does_not_rise_is_refused(up):
-    with pytest.raises(ValueError, match="need levels"):
+    with pytest.raises(ValueError, match=r"^(sigmas|up): "):
         make_plan(SamplerConfig(), doubles(4.0, 1.0, 0.0), doubles(*up))
 
 

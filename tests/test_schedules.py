@@ -1,11 +1,12 @@
 import math
 from statistics import NormalDist
+from typing import get_args
 
 import diffusers
 import pytest
 import torch
 
-from diffusion_core.config import Timesteps
+from diffusion_core.config import GridName, Timesteps
 from diffusion_core.schedules import (
     SCHEDULES,
     SigmaDistribution,
@@ -19,7 +20,16 @@ from diffusion_core.schedules import (
 
 NAMES = list(SCHEDULES)
 # Every grid but "timesteps", which needs a model's own levels: name and schedule
-GRIDS = [("karras", "edm"), ("log_snr", "edm"), *[("uniform_t", name) for name in NAMES]]
+GRIDS = [("arctan", "edm"), ("karras", "edm"), ("log_snr", "edm"), *[("uniform_t", name) for name in NAMES]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors of a few numbers: a second thread would only be waited for, on a busy machine for long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def cosine_alpha(t):
@@ -94,7 +104,9 @@ def test_sigma_and_t_are_exact_inverses(name):
 def test_uniform_t_takes_equal_steps_of_the_schedule(name):
     first, last = published_t(name, 50.0), published_t(name, 0.01)
     expected = [PUBLISHED[name](first + i / 11 * (last - first)) for i in range(12)]
-    assert sigma_grid("uniform_t", 12, 0.01, 50.0, name)[:-1].tolist() == pytest.approx(expected, rel=1e-9)
+    found = sigma_grid("uniform_t", 12, 0.01, 50.0, name)[:-1].tolist()
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert (found[0], found[-1]) == (50.0, 0.01), "the ends are kept to the bit"
 
 
 @pytest.mark.parametrize(
@@ -178,7 +190,7 @@ def test_sigmas_uniform_in_t_fill_the_schedule_evenly(name):
 
 @pytest.mark.parametrize("settings", [{"std": 0.0}, {"low": 0.0}, {"low": 2.0, "high": 1.0}, {"high": math.inf}])
 def test_an_empty_distribution_is_refused(settings):
-    with pytest.raises(ValueError, match="sigma: std"):
+    with pytest.raises(ValueError, match="sigma: mean"):
         SigmaDistribution(**settings)
 
 
@@ -215,7 +227,7 @@ def test_every_grid_has_one_level_more_than_steps_and_falls_to_zero(grid, schedu
     assert sigmas.dtype == torch.float64
     assert len(levels) == steps + 1
     assert levels[0] == pytest.approx(50.0, rel=1e-12)
-    assert levels[-2] == pytest.approx(0.01, rel=1e-12)
+    assert levels[-2] == pytest.approx(0.01, rel=1e-12) or grid == "arctan", "which has 0 in place of sigma_min"
     assert levels[-1] == 0
     assert levels == sorted(set(levels), reverse=True)
 
@@ -236,7 +248,13 @@ def test_log_snr_levels_are_a_geometric_sequence():
     assert sigma_grid("log_snr", 18, 0.002, 80.0)[:-1].tolist() == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("grid", ["karras", "log_snr", "uniform_t", "timesteps"])
+def test_arctan_levels_are_equal_steps_of_an_angle_that_end_at_zero():
+    high, low = (math.atan((math.log(sigma) - 0.8) / 3) for sigma in (80.0, 0.002))
+    expected = [math.exp(0.8 + 3 * math.tan(high + i / 18 * (low - high))) for i in range(18)] + [0.0]
+    assert sigma_grid("arctan", 18, 0.002, 80.0).tolist() == pytest.approx(expected, rel=1e-11)
+
+
+@pytest.mark.parametrize("grid", get_args(GridName))
 @pytest.mark.parametrize(
     ("low", "high"),
     [(2.0, 1.0), (1.0, 1.0), (0.0, 1.0), (-1.0, 1.0), (math.nan, 1.0), (1.0, math.nan), (1.0, math.inf)],
@@ -246,7 +264,7 @@ def test_an_empty_noise_range_is_refused(grid, low, high):
         sigma_grid(grid, 5, low, high)
 
 
-@pytest.mark.parametrize("grid", ["karras", "log_snr", "uniform_t", "timesteps"])
+@pytest.mark.parametrize("grid", get_args(GridName))
 @pytest.mark.parametrize("steps", [0, -3])
 def test_a_grid_without_steps_is_refused(grid, steps):
     with pytest.raises(ValueError, match=f"steps: {steps}; need at least 1"):
