@@ -17,7 +17,7 @@ def test_flags_become_settings_with_absolute_addresses(tmp_path, monkeypatch):
 
 def test_nested_settings_have_dotted_flags():
     parsed = parse(DemoConfig, "--train.steps", "7", "--generate.guidance-scale", "1.5")
-    assert (parsed.train.steps, parsed.generate.guidance_scale) == (7, 2.0)
+    assert (parsed.train.steps, parsed.generate.guidance_scale) == (7, 1.5)
     assert parsed.train.preset == TrainConfig.model_fields["preset"].default
 
 
