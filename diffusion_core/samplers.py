@@ -25,7 +25,8 @@ Watch = Callable[[int, Tensor], None]
 _ANGLE_UNIT = 4.0
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Row:
     """Coefficients of one update, each [B] or [1], `c` [B or 1, K]."""
 
     a: Tensor
@@ -37,7 +38,7 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Row):
     """The table of a sampler: columns [N], one row per denoiser call; `c` [N, K] for a history of K.
 
     `sigma` is the noise level that a row starts from, `sigma_next` the one that it leaves behind.
@@ -45,12 +46,6 @@ class Plan:
 
     sigma: Tensor
     sigma_next: Tensor
-    a: Tensor
-    b: Tensor
-    c: Tensor
-    s: Tensor
-    alpha: Tensor
-    beta: Tensor
 
     def __len__(self) -> int:
         """Number of denoiser calls."""
@@ -219,7 +214,7 @@ def _heun(walk: _Walk, config: SamplerConfig) -> Plan:
             k = 0.5 * (begin / end - 1)
             rows.append((end, leave, 1.0, k, -k, variance**0.5))
     sigma, sigma_next, a, b, c, s = torch.tensor(rows, dtype=torch.float64).unbind(1)
-    return Plan(sigma, sigma_next, a, b, c[:, None], s, torch.zeros_like(a), torch.ones_like(a))
+    return Plan(a, b, c[:, None], s, torch.zeros_like(a), torch.ones_like(a), sigma, sigma_next)
 
 
 # Adams-Bashforth on equal steps, newest slope first
@@ -234,9 +229,8 @@ def _ipndm_4(walk: _Walk) -> Plan:
         weights[row, :order] = torch.tensor(_BASHFORTH[order - 1], dtype=torch.float64)
     move = (walk.down - walk.high)[:, None] * weights
     slope = move[:, 0] / walk.high
-    return Plan(
-        walk.high, walk.after, 1 + slope, -slope, move[:, 1:], torch.sqrt(walk.jump), 1 / walk.high, -1 / walk.high
-    )
+    alpha = 1 / walk.high
+    return Plan(1 + slope, -slope, move[:, 1:], torch.sqrt(walk.jump), alpha, -alpha, walk.high, walk.after)
 
 
 def _exponential(walk: _Walk, order: int) -> Plan:
@@ -285,7 +279,7 @@ def _angular_3(walk: _Walk) -> Plan:
     a, b = after / norm + moved[:, 0] * alpha, moved[:, 0] * beta
     direct = (down == 0) & (torch.tensor(walk.reach()) == 0)
     a, b = torch.where(direct, 0.0, a), torch.where(direct, 1.0, b)
-    return Plan(high, walk.after, a, b, moved[:, 1:], torch.sqrt(walk.jump), alpha, beta)
+    return Plan(a, b, moved[:, 1:], torch.sqrt(walk.jump), alpha, beta, high, walk.after)
 
 
 def _moves(nodes: Tensor, begin: Tensor, end: Tensor) -> Tensor:
@@ -322,7 +316,7 @@ def _gauss_legendre(count: int = 40) -> tuple[Tensor, Tensor]:
 
 def _remembering(walk: _Walk, a: Tensor, b: Tensor, c: Tensor, s: Tensor) -> Plan:
     """A plan with one row an interval, that remembers D."""
-    return Plan(walk.high, walk.after, a, b, c, s, torch.zeros_like(a), torch.ones_like(a))
+    return Plan(a, b, c, s, torch.zeros_like(a), torch.ones_like(a), walk.high, walk.after)
 
 
 def _times(coefficient: Tensor, x: Tensor) -> Tensor:

@@ -16,6 +16,17 @@ SHARED = ROOT.parent / "shared"
 SWIFT = ROOT / ".venv-s3/bin/python"
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tensors of a few numbers: a second thread would only be waited for, on a busy machine for long."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def ray_session(s3_environment):
     """One Ray for all tests that need it, whose workers know the S3 endpoint where there is one."""

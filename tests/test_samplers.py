@@ -26,13 +26,7 @@ EXACT_FOR_ONE_PICTURE = [name for name in MEMORY if name != "angular_3"]
 COLUMNS = ("sigma", "sigma_next", "a", "b", "c", "s", "alpha", "beta")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors of a few numbers: a second thread would only be waited for, on a busy machine for long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def doubles(*values):
@@ -524,7 +518,7 @@ def test_a_batch_may_mix_rows_and_samplers_without_changing_a_bit(names, dtype):
     x, d, z, *history = (
         torch.randn(count, 3, 5, 7, generator=generator, dtype=dtype) for _ in range(3 + plans[0].memory)
     )
-    mixed = Row(*(torch.cat(columns) for columns in zip(*rows, strict=True)))
+    mixed = Row(*(torch.cat([getattr(row, column.name) for row in rows]) for column in dataclasses.fields(Row)))
     assert mixed.a.shape == (count,)
     assert mixed.c.shape == (count, plans[0].memory)
     together = step(State(x, tuple(history)), mixed, d, z)

@@ -18,13 +18,7 @@ BETAS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 UNET = UNetConfig(resolution=8, widths=(16,), attention=(), middle_attention=False)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors of a few numbers: a second thread would only be waited for, on a busy machine for long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Dummy(nn.Module):

@@ -23,13 +23,7 @@ NAMES = list(SCHEDULES)
 GRIDS = [("arctan", "edm"), ("karras", "edm"), ("log_snr", "edm"), *[("uniform_t", name) for name in NAMES]]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors of a few numbers: a second thread would only be waited for, on a busy machine for long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def cosine_alpha(t):
