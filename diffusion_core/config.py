@@ -13,6 +13,8 @@ SamplerName = Literal[
     "ddim", "ddpm", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "ipndm_4",
     "exponential_3", "exponential_4", "angular_3",
 ]  # fmt: skip
+Task = Literal["generate", "inpaint", "denoise", "image_to_image", "vary"]
+InpaintingName = Literal["posterior", "replacement"]
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,30 @@ class SamplerConfig:
         if not 0.0 <= self.churn_low <= self.churn_high:
             raise ValueError(
                 f"churn_low, churn_high: {self.churn_low}, {self.churn_high}; need 0 <= churn_low <= churn_high"
+            )
+
+
+@dataclass(frozen=True)
+class Inpainting:
+    """How the unknown part of a picture is made to fit the known one.
+
+    "posterior" steers every denoised picture towards the known region by the denoiser's own Jacobian, in `solves`
+    iterations a row; "replacement" only writes the known region, noised, into the state after each row. With `times`
+    above 1 every `jump` rows are walked so often (RePaint, Lugmayr et al. 2022), which helps both.
+    """
+
+    method: InpaintingName = "posterior"
+    solves: int = 2
+    jump: int = 5
+    times: int = 1
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where there is no such method or nothing to walk."""
+        if self.method not in get_args(InpaintingName):
+            raise ValueError(f"inpainting: {self.method!r}; there are {', '.join(get_args(InpaintingName))}")
+        if self.solves < 1 or self.jump < 1 or self.times < 1:
+            raise ValueError(
+                f"inpainting: solves {self.solves}, jump {self.jump}, times {self.times}; need at least 1 each"
             )
 
 

@@ -77,6 +77,20 @@ class Guidance:
                     f"guidance: {name} {value.tolist()}; need finite scale >= 0, 0 <= low <= high, rescale 0 to 1"
                 )
 
+    def needs(self, sigma: Tensor) -> Tensor:
+        """Which samples need the unconditional pass at sigma [B]: bool [B]."""
+        return (self.scale != 1) & (sigma > self.low) & (sigma <= self.high)
+
+    def mix(self, conditional: Tensor, unconditional: Tensor, needs: Tensor) -> Tensor:
+        """`conditional` [B, C, H, W] with the samples that `needs` [B] names guided by `unconditional` (theirs)."""
+        scale, rescale = (
+            value.to(conditional.dtype)[needs][:, None, None, None] for value in (self.scale, self.rescale)
+        )
+        mixed = torch.lerp(unconditional, conditional[needs], scale)
+        out = conditional.clone()
+        out[needs] = torch.where(rescale > 0, _rescaled(mixed, conditional[needs], rescale), mixed)
+        return out
+
 
 def guidance(
     scale: Tensor, low: Tensor | float = 0.0, high: Tensor | float = float("inf"), rescale: Tensor | float = 0.0
@@ -90,17 +104,12 @@ def guided(denoiser: Denoiser, x: Tensor, sigma: Tensor, label: Tensor | None, h
 
     The unconditional pass is made for those samples alone that need it, in one batch with the conditional one.
     """
-    needs = (how.scale != 1) & (sigma > how.low) & (sigma <= how.high)
+    needs = how.needs(sigma)
     if label is None or not bool(needs.any()):
         return denoiser(x, sigma, label)
     null = torch.full_like(label[needs], denoiser.config.unet.classes)
     both = denoiser(torch.cat((x, x[needs])), torch.cat((sigma, sigma[needs])), torch.cat((label, null)))
-    conditional, unconditional = both[: len(x)], both[len(x) :]
-    scale, rescale = (value.to(x.dtype)[needs][:, None, None, None] for value in (how.scale, how.rescale))
-    mixed = torch.lerp(unconditional, conditional[needs], scale)
-    out = conditional.clone()
-    out[needs] = torch.where(rescale > 0, _rescaled(mixed, conditional[needs], rescale), mixed)
-    return out
+    return how.mix(both[: len(x)], both[len(x) :], needs)
 
 
 def _rescaled(mixed: Tensor, conditional: Tensor, rescale: Tensor) -> Tensor:

@@ -37,6 +37,18 @@ def normal(
     return pairs.flatten(1)[:, :count].reshape(-1, *shape).to(dtype)
 
 
+def nearby(
+    seeds: Tensor, others: Tensor, share: Tensor, purpose: Purpose, step: int | Tensor, shape: Sequence[int]
+) -> Tensor:
+    """Noise [B, *shape] (float64) near that of `seeds` [B]: their own where `share` [B] is 0, that of `others` where 1.
+
+    The mixture cos·n + sin·n' on the arc between two draws is standard normal at every share.
+    """
+    angle = (share.to(torch.float64) * (math.pi / 2)).reshape(-1, *[1] * len(shape))
+    own, other = (normal(each, purpose, step, shape, torch.float64) for each in (seeds, others))
+    return torch.cos(angle) * own + torch.sin(angle) * other
+
+
 def uniform(seeds: Tensor, purpose: Purpose, step: int | Tensor) -> Tensor:
     """One float64 number in (0, 1) for each of `seeds` [B]."""
     return (_random_words(seeds, purpose, step, 1)[:, 0].to(torch.float64) + 0.5) / 2.0**32

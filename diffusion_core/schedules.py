@@ -116,14 +116,30 @@ def sigma_grid(
     return torch.cat((sigmas, torch.zeros(1, dtype=torch.float64)))
 
 
-def truncate(sigmas: Tensor, sigma: float) -> Tensor:
-    """The part of a grid below `sigma`, with `sigma` itself in front: where a walk from a known noise level begins.
+def level_at(sigmas: Tensor, place: Tensor) -> Tensor:
+    """Sigmas at places 0 … N of a grid `sigmas` [N + 1], whole or between its levels: geometric there, linear to 0."""
+    upper = place.floor().clamp(0, len(sigmas) - 2).long()
+    high, low, share = sigmas[upper], sigmas[upper + 1], place - upper
+    geometric = torch.exp(torch.lerp(high.log(), low.clamp(min=1e-300).log(), share))
+    return torch.where(low > 0, geometric, torch.lerp(high, low, share))
 
-    Raises ValueError unless sigma is positive and finite.
+
+def grid_from(sigmas: Tensor, sigma: float, steps: int) -> Tensor:
+    """Decreasing sigmas [steps + 1] from `sigma` to the end of a grid, spaced as the grid [N + 1] is spaced below it.
+
+    Raises ValueError unless sigma is positive, finite, above the grid's end and at most its first level.
     """
-    if not 0 < sigma < math.inf:
-        raise ValueError(f"sigma: {sigma}; need a positive noise level")
-    return torch.cat((torch.tensor([sigma], dtype=sigmas.dtype), sigmas[sigmas < sigma]))
+    if not float(sigmas[-1]) < sigma <= float(sigmas[0]) * (1 + 1e-9):  # grids are exact to rounding
+        raise ValueError(
+            f"sigma: {sigma}; need more than {float(sigmas[-1]):g} and at most {float(sigmas[0]):g}, as the grid has"
+        )
+    upper = max(int((sigmas >= sigma).sum()) - 1, 0)
+    high, low = float(sigmas[upper]), float(sigmas[upper + 1])
+    share = math.log(high / sigma) / math.log(high / low) if low > 0 else (high - sigma) / high
+    places = torch.linspace(upper + share, len(sigmas) - 1, steps + 1, dtype=torch.float64)
+    levels = level_at(sigmas, places)
+    levels[0], levels[-1] = sigma, sigmas[-1]
+    return levels
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,16 @@
 """What may be asked of a model: one schema for HTTP, bulk and evaluation, checked against the model at the door."""
 
-import math
-from typing import Literal
-
 import numpy as np
-from numpy.typing import NDArray
+import torch
 from PIL import Image
 from pydantic import Field
+from torch import Tensor
 
-from diffusion_core.config import ModelConfig
+from diffusion_core.config import Inpainting, InpaintingName, ModelConfig, Task
+from diffusion_core.tasks import Request, prepare
 from pipelines.config import PipelineError, SampleOptions
-from pipelines.images import Pixels, decode, decode_alpha, fit
+from pipelines.images import decode, decode_alpha, fit, to_floats
 
-Task = Literal["generate", "inpaint", "denoise"]
 _MAX_PIXELS = 16_000_000
 
 
@@ -30,9 +28,19 @@ class ImageRequest(SampleOptions):
     task: Task = "generate"
     prompt: str = ""
     seed: int = Field(ge=0, lt=2**62)
-    image: bytes | None = Field(None, description="picture file to inpaint or denoise")
+    image: bytes | None = Field(None, description="picture file to inpaint, denoise or start from")
     mask: bytes | None = Field(None, description="PNG whose transparent pixels are repainted; default: the image's own")
-    noise_level: float | None = Field(None, description="sigma of the noise in a picture to denoise, in [-1, 1] units")
+    inpainting: InpaintingName = Field(
+        "posterior", description="posterior steers by the network's Jacobian, replacement writes the known region in"
+    )
+    resample: int = Field(1, ge=1, le=100, description="how often inpainting walks every five rows (RePaint)")
+    noise_level: float | None = Field(
+        None, description="sigma of the noise in a picture to denoise, in [-1, 1] units; default: estimated"
+    )
+    strength: float | None = Field(
+        None, description="0 to 1: how far to go from the image (image_to_image), or from the parent's picture (vary)"
+    )
+    parent: int | None = Field(None, description="seed whose picture to vary")
 
 
 def label_of(request: ImageRequest, model: ModelConfig) -> int | None:
@@ -51,31 +59,42 @@ def label_of(request: ImageRequest, model: ModelConfig) -> int | None:
     return model.class_names.index(request.prompt)
 
 
-def check(request: ImageRequest, model: ModelConfig) -> None:
-    """Refuse what the model cannot do, by RequestError, before any work."""
-    label_of(request, model)
-    own = 0 if model.timesteps is None else model.timesteps.count
-    if request.grid == "timesteps" and request.steps > own:
-        raise RequestError(
-            "grid", f"{request.steps} steps on a model with {own} timesteps of its own; take another grid"
+def core_request(request: ImageRequest, model: ModelConfig) -> Request:
+    """The request in the core's terms, with all that the model cannot do refused by RequestError, before any work."""
+    label = label_of(request, model)
+    picture = _picture(request, model) if request.image is not None else None
+    try:
+        made = Request(
+            seed=request.seed,
+            task=request.task,
+            sampler=request.sampler_config(),
+            label=label,
+            guidance_scale=request.guidance_scale,
+            guidance_low=request.guidance_low,
+            guidance_high=request.guidance_high,
+            guidance_rescale=request.guidance_rescale,
+            picture=picture,
+            mask=_mask(request, model) if request.task == "inpaint" and picture is not None else None,
+            inpainting=Inpainting(request.inpainting, times=request.resample),
+            noise_level=request.noise_level,
+            strength=request.strength,
+            parent=request.parent,
         )
-    if request.task != "generate":
-        picture_of(request, model)
-    if request.task == "inpaint":
-        mask_of(request, model)
-    if request.task == "denoise":
-        level_of(request, model)
+        prepare(made, model)
+    except ValueError as error:
+        field, _, told = str(error).partition(": ")
+        raise RequestError({"picture": "image"}.get(field, field), told) from error
+    return made
 
 
-def picture_of(request: ImageRequest, model: ModelConfig) -> Pixels:
-    """The picture to edit, uint8 [H, W, 3] at the model's resolution."""
-    if request.image is None:
-        raise RequestError("image", f"missing; a request to {request.task} needs a picture")
-    return fit(_open("image", request.image, model), model.unet.resolution)
+def _picture(request: ImageRequest, model: ModelConfig) -> Tensor:
+    """The picture to edit, [C, H, W] in [-1, 1] at the model's resolution."""
+    pixels = fit(_open("image", request.image or b"", model), model.unet.resolution)
+    return torch.from_numpy(to_floats(pixels[None]))[0]
 
 
-def mask_of(request: ImageRequest, model: ModelConfig) -> NDArray[np.float32]:
-    """Where to repaint, float32 [H, W] from 0 (keep) to 1 (repaint): the transparency of the mask, or of the image.
+def _mask(request: ImageRequest, model: ModelConfig) -> Tensor:
+    """Where to repaint, [1, H, W] from 0 (keep) to 1 (repaint): the transparency of the mask, or of the image.
 
     Raises RequestError where it keeps everything.
     """
@@ -84,15 +103,7 @@ def mask_of(request: ImageRequest, model: ModelConfig) -> NDArray[np.float32]:
     mask = np.float32(1.0) - decode_alpha(data).astype(np.float32) / np.float32(255.0)
     if not mask.any():
         raise RequestError(field, "no transparent pixel, so there is nothing to repaint")
-    return mask
-
-
-def level_of(request: ImageRequest, model: ModelConfig) -> float:
-    """The noise level of a picture to denoise. Raises RequestError outside the model's range."""
-    level = request.noise_level
-    if level is None or not math.isfinite(level) or not model.sigma_min < level <= model.sigma_max:
-        raise RequestError("noise_level", f"{level}; need more than {model.sigma_min} and at most {model.sigma_max}")
-    return level
+    return torch.from_numpy(mask)[None]
 
 
 def _open(field: str, data: bytes, model: ModelConfig) -> Image.Image:

@@ -15,11 +15,11 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import Field
 from ray import serve
 
-from diffusion_core.config import ModelConfig
+from diffusion_core.config import InpaintingName, ModelConfig, Task
 from pipelines.config import Outcome, PipelineError, SampleOptions, ServeConfig
 from pipelines.images import to_png
 from pipelines.model import load_model, newest_model
-from pipelines.requests import ImageRequest, RequestError, Task, check
+from pipelines.requests import ImageRequest, RequestError, core_request
 from pipelines.storage import normalise
 from pipelines.worker import LANES, load_worker, picture_seed
 
@@ -45,13 +45,17 @@ class EditForm(ImageOptions):
 
     image: fastapi.UploadFile = Field(description="picture of the model's size")
     mask: fastapi.UploadFile | None = Field(None, description="PNG, transparent = repaint; default: the image's own")
+    inpainting: InpaintingName = Field("posterior", description="posterior, or the faster replacement")
+    resample: int = Field(1, ge=1, le=100, description="how often every five rows are walked (RePaint)")
 
 
 class DenoiseForm(ImageOptions):
     """Form of a denoising request."""
 
     image: fastapi.UploadFile = Field(description="noisy picture of the model's size")
-    noise_level: float = Field(description="sigma of the noise, for pictures in [-1, 1]")
+    noise_level: float | None = Field(
+        None, description="sigma of the noise, for pictures in [-1, 1]; default: estimated"
+    )
     steps: int = Field(1, ge=1, le=1000, description="1 gives the mean of all answers, more steps a sharper one")
 
 
@@ -71,14 +75,18 @@ class Model:
         """One picture uint8 [H, W, 3] for each request. Raises PipelineError where another model was meant."""
         if model is not None and normalise(model) != self.worker.model.uri:
             raise PipelineError(f"model: this service runs {self.worker.model.uri}, not {model}; serve that one")
-        return list(await asyncio.gather(*(self._paint_one(request) for request in requests)))
+        ends = await asyncio.gather(*(self._paint_one(request) for request in requests))
+        for end in ends:
+            if isinstance(end, PipelineError):
+                raise end
+        return list(ends)
 
     @serve.batch(  # type: ignore[untyped-decorator]
         max_batch_size=LANES, batch_wait_timeout_s=_WAIT_S
     )
     async def _paint_one(self, requests: list[ImageRequest]) -> list[Any]:
-        """One batch at a time, off the event loop, so that the replica keeps answering."""
-        return await asyncio.get_running_loop().run_in_executor(None, self.worker.paint, requests)
+        """One batch at a time, off the event loop, so that the replica keeps answering; an error ends one request."""
+        return await asyncio.get_running_loop().run_in_executor(None, self.worker.paint_each, requests)
 
 
 api = fastapi.FastAPI(title="Image diffusion service", version="1")
@@ -135,11 +143,12 @@ class Images:
     async def edits(self, form: Annotated[EditForm, fastapi.Form()]) -> dict[str, Any]:
         """Repaint the transparent part of a picture; all else comes back as it was."""
         mask = await form.mask.read() if form.mask is not None else None
-        return await self._answer("inpaint", form, {"image": await form.image.read(), "mask": mask})
+        how = form.model_dump(include={"inpainting", "resample"})
+        return await self._answer("inpaint", form, {"image": await form.image.read(), "mask": mask, **how})
 
     @api.post("/v1/images/denoise")
     async def denoise(self, form: Annotated[DenoiseForm, fastapi.Form()]) -> dict[str, Any]:
-        """Remove noise of a known level from a picture."""
+        """Remove noise of a known or estimated level from a picture."""
         return await self._answer("denoise", form, {"image": await form.image.read(), "noise_level": form.noise_level})
 
     async def _answer(self, task: Task, options: ImageOptions, picture: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +159,7 @@ class Images:
         settings = options.model_dump(include={"prompt", *SampleOptions.model_fields})
         seeds = [picture_seed(seed, index) for index in range(options.n)]
         requests = [ImageRequest(task=task, seed=own, **settings, **picture) for own in seeds]
-        check(requests[0], ModelConfig.from_dict(about["config"]))
+        core_request(requests[0], ModelConfig.from_dict(about["config"]))
         pictures = await self.model.paint.remote(requests)
         told = {"model": about["digest"], "settings": json.dumps({"task": task, **settings}, sort_keys=True)}
         data = [

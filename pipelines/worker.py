@@ -1,37 +1,50 @@
 """A model on a device: takes requests, gives pictures. A picture depends on the model and its request alone."""
 
+import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from pydantic import ValidationError
-from torch import Tensor
 
-from diffusion_core.denoiser import Guidance, guided
-from diffusion_core.inpainting import KnownRegion, Resampling, denoise_plan, repaint_plan
+from diffusion_core.config import Task
+from diffusion_core.engine import Engine, agreeing_widths, measure_lanes
 from diffusion_core.noise import derive_seeds
-from diffusion_core.samplers import Plan, make_plan, model_grid, sample, start_noise
-from pipelines.images import Pixels, to_bytes, to_floats
+from diffusion_core.tasks import Request
+from pipelines.config import PipelineError
+from pipelines.images import Pixels, to_bytes
 from pipelines.model import Model, load_model
-from pipelines.requests import ImageRequest, RequestError, check, label_of, level_of, mask_of, picture_of
+from pipelines.requests import ImageRequest, RequestError, core_request
 
 LANES = 32
-# On a CPU, batches of four and more run the same kernels, so that a sample's bits do not depend on its neighbours.
-_FEWEST = 4
 
 
 class Worker:
-    """A loaded model with its device, and on a CPU with `threads` threads (0: one per core)."""
+    """A loaded model with its device and its engine, and on a CPU with `threads` threads (0: one per core).
+
+    `lanes` is the size of the engine's largest batch; 0 chooses it by a short measurement.
+    """
 
     def __init__(self, model: Model, device: str = "auto", lanes: int = LANES, threads: int = 0) -> None:
-        self.model, self.lanes = model, lanes
+        self.model = model
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         if self.device.type == "cpu":
             torch.set_num_threads(threads or os.cpu_count() or 1)  # Ray would leave a process one
-        model.denoiser.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = model.denoiser.network.requires_grad_(False)
+        network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.engine = Engine(model.denoiser, self._widths(lanes), device=self.device)
+
+    def _widths(self, lanes: int) -> tuple[int, ...]:
+        """The batch sizes of the engine: those that agree bit by bit on a CPU, a single one on a GPU."""
+        unet = self.model.config.unet
+        shape = (unet.channels, unet.resolution, unet.resolution)
+        if not lanes:
+            lanes = measure_lanes(self.model.denoiser, shape, (4, 8, 16, 32, 64), self.device)
+        if self.device.type == "cuda":
+            return (lanes,)
+        return agreeing_widths(self.model.denoiser, shape, self.device, lanes)
 
     @property
     def profile(self) -> dict[str, str | int]:
@@ -40,69 +53,54 @@ class Worker:
         return {
             "device": kind,
             "dtype": "float32",
-            "lanes": self.lanes,
+            "lanes": self.engine.lanes,
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
         }
 
     def check(self, request: ImageRequest) -> None:
         """Refuse what this model cannot do. Raises RequestError that names the field."""
-        check(request, self.model.config)
+        core_request(request, self.model.config)
 
     def paint(self, requests: Sequence[ImageRequest]) -> list[Pixels]:
-        """One picture uint8 [H, W, 3] for each request, in order. Raises RequestError before any work is done."""
-        for request in requests:
-            self.check(request)
-        pictures: dict[int, Pixels] = {}
-        for members in _groups(requests, self.lanes):
-            painted = self._paint_group([requests[i] for i in members])
-            pictures.update(zip(members, painted, strict=True))
-        return [pictures[i] for i in range(len(requests))]
+        """One picture uint8 [H, W, 3] for each request, in order.
 
-    @torch.inference_mode()
-    def _paint_group(self, requests: list[ImageRequest]) -> list[Pixels]:
-        """Requests that share a table, as one batch of a shape that does not depend on how many there are."""
-        batch = requests + [requests[-1]] * (self._width(len(requests)) - len(requests))
-        seeds = torch.tensor([request.seed for request in batch], dtype=torch.int64, device=self.device)
-        plan, x, known = self._begin(batch, seeds)
-        label, how = self._conditioning(batch)
-        x = sample(
-            lambda x, sigma: guided(self.model.denoiser, x, sigma, label, how),
-            plan, x.contiguous(memory_format=torch.channels_last), seeds, known,
-        )  # fmt: skip
-        return list(to_bytes(x[: len(requests)].cpu().numpy()))
+        Raises RequestError before any work is done where one cannot be met, PipelineError where one fails.
+        """
+        pictures = []
+        for end in self._run([core_request(request, self.model.config) for request in requests]):
+            if isinstance(end, PipelineError):
+                raise end
+            pictures.append(end)
+        return pictures
 
-    def _width(self, count: int) -> int:
-        """Lanes of a batch for `count` requests: all of them on a GPU, whose kernels are chosen by shape."""
-        return self.lanes if self.device.type == "cuda" else max(count, min(_FEWEST, self.lanes))
+    def paint_each(self, requests: Sequence[ImageRequest]) -> list[Pixels | PipelineError]:
+        """One picture uint8 [H, W, 3] for each request, in order, or the error that ended it and no other."""
+        return self._run([self._converted(request) for request in requests])
 
-    def _begin(self, batch: list[ImageRequest], seeds: Tensor) -> tuple[Plan, Tensor, KnownRegion | None]:
-        """The table, the starting point and the constraint of requests of one kind."""
-        first, config = batch[0], self.model.config
-        sampler = first.sampler_config()
-        sigmas = model_grid(sampler, config)
-        if first.task == "denoise":
-            return denoise_plan(sampler, sigmas, level_of(first, config)), self._pictures(batch), None
-        shape = (config.unet.channels, config.unet.resolution, config.unet.resolution)
-        if first.task == "generate":
-            plan = make_plan(sampler, sigmas)
-            return plan, start_noise(plan, seeds, shape), None
-        plan = repaint_plan(sampler, sigmas, Resampling())
-        masks = torch.from_numpy(np.stack([mask_of(request, config) for request in batch]))[:, None].to(self.device)
-        return plan, start_noise(plan, seeds, shape), KnownRegion(self._pictures(batch), masks, seeds)
+    def _converted(self, request: ImageRequest) -> Request | PipelineError:
+        """A request in the core's terms, or why there is none."""
+        try:
+            return core_request(request, self.model.config)
+        except RequestError as error:
+            return error
 
-    def _pictures(self, batch: list[ImageRequest]) -> Tensor:
-        """The pictures to edit, [B, C, H, W] in [-1, 1]."""
-        pixels = np.stack([picture_of(request, self.model.config) for request in batch])
-        return torch.from_numpy(to_floats(pixels)).to(self.device)
-
-    def _conditioning(self, batch: list[ImageRequest]) -> tuple[Tensor | None, Guidance]:
-        """Labels [B] (None for a model without classes) and guidance."""
-        labels = [label_of(request, self.model.config) for request in batch]
-        asked = [(r.guidance_scale, r.guidance_low, r.guidance_high, r.guidance_rescale) for r in batch]
-        how = Guidance(*torch.tensor(asked, device=self.device).unbind(1))
-        known = [label for label in labels if label is not None]
-        return (torch.tensor(known, device=self.device) if known else None), how
+    def _run(self, requests: Sequence[Request | PipelineError]) -> list[Pixels | PipelineError]:
+        """The ends of requests; errors among them stay where they are."""
+        ends: dict[int, Pixels | PipelineError] = {}
+        tickets: dict[int, int] = {}
+        for place, request in enumerate(requests):
+            if isinstance(request, Request):
+                tickets[self.engine.submit(request)] = place
+            else:
+                ends[place] = request
+        while len(ends) < len(requests):
+            for end in self.engine.tick():
+                failed = PipelineError(f"request {tickets[end.ticket]}: {end.error}")
+                ends[tickets[end.ticket]] = (
+                    failed if end.picture is None else to_bytes(end.picture[None].cpu().numpy())[0]
+                )
+        return [ends[place] for place in range(len(requests))]
 
     def sample(self, prompt: str = "", n: int = 1, seed: int = 0, **options: Any) -> list[Image.Image]:
         """`n` pictures of the class `prompt` (empty: of any), the same that the service gives for this request.
@@ -115,6 +113,25 @@ class Worker:
         seeds = [picture_seed(seed, index) for index in range(n)]
         return [Image.fromarray(pixels) for pixels in self.paint([_request(prompt, own, options) for own in seeds])]
 
+    def edit(
+        self,
+        task: Task,
+        image: Image.Image | None = None,
+        mask: Image.Image | None = None,
+        prompt: str = "",
+        seed: int = 0,
+        **options: Any,
+    ) -> Image.Image:
+        """One picture of the task "inpaint" (`image`, and `mask` whose transparent pixels are repainted; default: the
+        image's own), "denoise" (`image`; `noise_level`, estimated where absent), "image_to_image" (`image`, `strength`)
+        or "vary" (`parent`, the seed whose picture to vary, and `strength`).
+
+        Further options are those of `ImageRequest`. Raises RequestError by the name of what does not fit.
+        """
+        files = {"image": image, "mask": mask}
+        given = {name: _png(picture) for name, picture in files.items() if picture is not None}
+        return Image.fromarray(self.paint([_request(prompt, seed, {"task": task, **given, **options})])[0])
+
 
 def load_worker(model_uri: str, device: str = "auto", lanes: int = LANES) -> Worker:
     """The model at a URI on a device. Raises StorageError where it is missing or damaged."""
@@ -126,6 +143,13 @@ def picture_seed(seed: int, index: int) -> int:
     return int(derive_seeds(seed, torch.tensor([index], dtype=torch.int64))[0])
 
 
+def _png(image: Image.Image) -> bytes:
+    """A picture as a file, transparency and all."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 def _request(prompt: str, seed: int, options: dict[str, Any]) -> ImageRequest:
     """A request from Python, refused in one line where it is none."""
     try:
@@ -134,15 +158,3 @@ def _request(prompt: str, seed: int, options: dict[str, Any]) -> ImageRequest:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "options"
         raise RequestError(field, f"{first.get('input')!r}: {first['msg']}") from error
-
-
-def _groups(requests: Sequence[ImageRequest], lanes: int) -> Iterator[list[int]]:
-    """Indices of requests that may share a batch, at most `lanes` each."""
-    kinds: dict[object, list[int]] = {}
-    for index, request in enumerate(requests):
-        guided_at = request.guidance_scale != 1.0 and (request.guidance_low, request.guidance_high)
-        key = (request.task, request.sampler_config(), guided_at, request.noise_level)
-        kinds.setdefault(key, []).append(index)
-    for members in kinds.values():
-        for start in range(0, len(members), lanes):
-            yield members[start : start + lanes]

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from diffusion_core.config import SamplerConfig
-from diffusion_core.inpainting import KnownRegion, Resampling, denoise_plan, repaint_plan
+from diffusion_core.config import Inpainting, SamplerConfig
+from diffusion_core.inpainting import KnownRegion, denoise_plan, repaint_plan
 from diffusion_core.samplers import make_plan, sample, start_noise
 from diffusion_core.schedules import sigma_grid
 
@@ -30,7 +30,7 @@ def inpaint(plan):
 def test_resampling_inpaints_the_right_distribution_where_replacement_does_not():
     config, sigmas = SamplerConfig(sampler="ddpm"), sigma_grid("log_snr", 50, 0.02, 20.0)
     replaced = inpaint(make_plan(config, sigmas))
-    resampled = inpaint(repaint_plan(config, sigmas, Resampling(jump=10, times=10)))
+    resampled = inpaint(repaint_plan(config, sigmas, Inpainting(jump=10, times=10)))
     truth, deviation = RHO * SEEN, (1 - RHO**2) ** 0.5
     assert abs(float(resampled.mean()) - truth) < 0.1
     assert abs(float(resampled.std()) - deviation) < 0.1
@@ -40,7 +40,7 @@ def test_resampling_inpaints_the_right_distribution_where_replacement_does_not()
 @pytest.mark.parametrize(("jump", "times", "rows"), [(5, 3, 20), (4, 2, 10), (7, 3, 18), (30, 5, 10)])
 def test_a_resampling_path_walks_every_block_as_often_as_it_says(jump, times, rows):
     sigmas = sigma_grid("karras", rows, 0.02, 20.0)
-    plan = repaint_plan(SamplerConfig(), sigmas, Resampling(jump, times))
+    plan = repaint_plan(SamplerConfig(), sigmas, Inpainting(jump=jump, times=times))
     level, walked = 0, [0] * rows
     for row in range(len(plan)):
         assert plan.sigma[row] == sigmas[level]
@@ -81,8 +81,8 @@ def test_denoising_in_more_steps_begins_at_the_level_of_the_noise():
 
 
 def test_resampling_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="resampling: jump 0"):
-        Resampling(jump=0)
+    with pytest.raises(ValueError, match="jump 0"):
+        Inpainting(jump=0)
 
 
 def test_the_known_region_is_as_noisy_as_the_level_and_exact_at_zero():
@@ -102,6 +102,6 @@ def test_the_known_region_is_as_noisy_as_the_level_and_exact_at_zero():
 
 def test_walking_every_block_once_is_the_sampler_itself():
     config, sigmas = SamplerConfig(sampler="ddpm"), sigma_grid("karras", 12, 0.02, 20.0)
-    plain, once = make_plan(config, sigmas), repaint_plan(config, sigmas, Resampling(jump=4, times=1))
+    plain, once = make_plan(config, sigmas), repaint_plan(config, sigmas, Inpainting(jump=4, times=1))
     for name in ("sigma", "sigma_next", "a", "b", "c", "s"):
         assert torch.equal(getattr(plain, name), getattr(once, name))

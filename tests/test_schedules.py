@@ -11,11 +11,11 @@ from diffusion_core.schedules import (
     SCHEDULES,
     SigmaDistribution,
     add_noise,
+    grid_from,
     sigma_grid,
     stratify,
     timestep_of,
     timestep_sigmas,
-    truncate,
 )
 
 NAMES = list(SCHEDULES)
@@ -266,11 +266,28 @@ def test_a_grid_without_steps_is_refused(grid, steps):
 
 
 @pytest.mark.parametrize(
-    ("sigma", "expected"),
-    [(9.0, [9.0, 8.0, 2.0, 1.0, 0.0]), (2.0, [2.0, 1.0, 0.0]), (1.5, [1.5, 1.0, 0.0]), (0.1, [0.1, 0.0])],
+    ("sigma", "steps", "expected"),
+    [
+        (8.0, 3, [8.0, 2.0, 1.0, 0.0]),  # the grid itself
+        (2.0, 2, [2.0, 1.0, 0.0]),  # its tail
+        (4.0, 1, [4.0, 0.0]),
+        (4.0, 5, [4.0, 2.0, 2**0.5, 1.0, 0.5, 0.0]),  # half a level at a time: geometric, and linear to 0
+        (0.5, 2, [0.5, 0.25, 0.0]),
+    ],
 )
-def test_a_walk_from_a_known_level_keeps_the_levels_below_it(sigma, expected):
-    assert truncate(torch.tensor([8.0, 2.0, 1.0, 0.0], dtype=torch.float64), sigma).tolist() == expected
+def test_a_walk_from_a_known_level_is_spaced_as_the_grid_is_below_it(sigma, steps, expected):
+    grid = torch.tensor([8.0, 2.0, 1.0, 0.0], dtype=torch.float64)
+    assert grid_from(grid, sigma, steps).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("grid", ["arctan", "karras", "log_snr", "uniform_t"])
+@pytest.mark.parametrize("sigma", [0.003, 0.05, 1.0, 79.0, 80.0])
+def test_a_walk_from_any_level_decreases_in_as_many_steps_as_asked(grid, sigma):
+    levels = grid_from(sigma_grid(grid, 18, 0.002, 80.0), sigma, 7)
+    assert len(levels) == 8
+    assert levels[0] == sigma
+    assert levels[-1] == 0
+    assert (levels.diff() < 0).all()
 
 
 @pytest.mark.parametrize(("mean", "std"), [(-1.2, 1.2), (0.4, 2.0)])
@@ -281,7 +298,7 @@ def test_training_sigmas_have_the_quantiles_of_the_log_normal(mean, std):
     assert found.tolist() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("sigma", [0.0, -1.0, math.nan, math.inf])
-def test_a_walk_from_no_level_is_refused(sigma):
-    with pytest.raises(ValueError, match=f"sigma: {sigma}"):
-        truncate(torch.tensor([8.0, 2.0, 0.0]), sigma)
+@pytest.mark.parametrize("sigma", [0.0, -1.0, 8.5, math.nan, math.inf])
+def test_a_walk_from_no_level_of_the_grid_is_refused(sigma):
+    with pytest.raises(ValueError, match=f"sigma: {sigma}; need more than 0 and at most 8"):
+        grid_from(torch.tensor([8.0, 2.0, 0.0]), sigma, 3)

@@ -118,8 +118,9 @@ def test_a_bad_file_names_its_field(client):
     ):
         answer = client.post("/v1/images/edits", data={"steps": 3}, files=files)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
-    answer = client.post("/v1/images/denoise", data={"steps": 3}, files={"image": whole})
+    answer = client.post("/v1/images/denoise", data={"steps": 3, "noise_level": 99}, files={"image": whole})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "noise_level")
+    assert client.post("/v1/images/denoise", data={"steps": 3}, files={"image": whole}).status_code == 200, "estimated"
 
 
 def test_an_answer_tells_what_made_it(client, tiny_model):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.config import SampleOptions
+from pipelines.config import PipelineError, SampleOptions
 from pipelines.images import to_png
 from pipelines.requests import ImageRequest, RequestError
 from pipelines.worker import load_worker, picture_seed
@@ -40,6 +40,10 @@ def test_a_picture_is_the_same_alone_and_in_any_crowd(worker):
         {"prompt": "frog", "guidance_scale": 1.0},
         {"prompt": "bear", "sampler": "ddpm", "steps": 6},
         {"task": "inpaint", "image": to_png(picture()), "mask": mask(BOX)},
+        {"task": "inpaint", "image": to_png(picture()), "mask": mask(BOX), "inpainting": "replacement", "resample": 2},
+        {"task": "image_to_image", "image": to_png(picture()), "strength": 0.5, "prompt": "cat"},
+        {"task": "vary", "parent": 3, "strength": 0.2, "sampler": "ddpm"},
+        {"task": "denoise", "image": to_png(picture())},
         {"task": "denoise", "image": to_png(picture()), "noise_level": 0.4, "steps": 1},
         {"task": "denoise", "image": to_png(picture()), "noise_level": 0.7, "steps": 3},
     ]
@@ -83,7 +87,12 @@ def test_the_mask_may_be_the_transparency_of_the_picture_itself(worker):
         ({"task": "inpaint", "image": to_png(picture())}, "image: no transparent pixel"),
         ({"task": "inpaint", "image": b"broken"}, "image: undecodable"),
         ({"task": "inpaint", "image": to_png(picture()), "mask": mask(np.ones((4, 4)))}, "mask: 4x4 pixels; .* 8x8"),
-        ({"task": "denoise", "image": to_png(picture())}, "noise_level: None; need more than 0.002"),
+        ({"task": "denoise", "image": to_png(picture()), "noise_level": 0.0}, "noise_level: 0.0; need more than 0.002"),
+        ({"task": "denoise", "noise_level": 0.1}, "image: missing"),
+        ({"image": to_png(picture())}, "image: given, but the task generate has no use for it"),
+        ({"task": "image_to_image", "image": to_png(picture())}, "strength: missing"),
+        ({"task": "image_to_image", "image": to_png(picture()), "strength": 2.0}, "strength: 2.0; need 0 to 1"),
+        ({"task": "vary", "strength": 0.1}, "parent: missing"),
         ({"task": "denoise", "image": to_png(picture()), "noise_level": 99.0}, "noise_level: 99"),
         ({"task": "denoise", "image": to_png(np.zeros((9, 8, 3), np.uint8)), "noise_level": 0.1}, "image: 8x9 pixels"),
     ],
@@ -91,6 +100,25 @@ def test_the_mask_may_be_the_transparency_of_the_picture_itself(worker):
 def test_what_the_model_cannot_do_is_refused_by_name_before_any_work(worker, fields, told):
     with pytest.raises(RequestError, match=told):
         worker.paint([request(prompt="cat"), request(**fields)])
+
+
+def test_a_request_that_fails_leaves_the_others_their_pictures(worker):
+    good = request(prompt="cat")
+    broken = request(task="inpaint", image=b"broken")
+    impossible = request(2, prompt="cat").model_copy(update={"guidance_scale": 3e38})  # past the schema, to overflow
+    ends = worker.paint_each([broken, good, impossible, good])
+    assert isinstance(ends[0], RequestError)
+    assert ends[0].field == "image"
+    assert "NaN or infinite" in str(ends[2])
+    for end in (ends[1], ends[3]):
+        assert np.array_equal(end, worker.paint([good])[0])
+    with pytest.raises(PipelineError, match="request 1: row"):
+        worker.paint([good, impossible])
+
+
+def test_the_number_of_lanes_is_set_or_measured_and_the_profile_names_it(tiny_model):
+    assert load_worker(tiny_model, lanes=8).profile["lanes"] == 8
+    assert load_worker(tiny_model, lanes=0).profile["lanes"] in (4, 8, 16, 32, 64)
 
 
 def test_seeds_of_the_pictures_of_one_request_differ():
@@ -108,6 +136,23 @@ def test_pictures_from_python_are_those_of_the_same_requests(worker):
     for picture_, pixels in zip(pictures, worker.paint(asked), strict=True):
         assert np.array_equal(np.asarray(picture_), pixels)
     assert np.array_equal(np.asarray(worker.sample("penguin", seed=7, steps=4, guidance_scale=2.0)[0]), pictures[0])
+
+
+def test_edits_from_python_are_those_of_the_same_requests(worker):
+    original = Image.fromarray(picture(5))
+    cases = [
+        ("inpaint", {"mask": Image.open(io.BytesIO(mask(BOX)))}, {"mask": mask(BOX)}),
+        ("denoise", {"noise_level": 0.3}, {"noise_level": 0.3}),
+        ("image_to_image", {"strength": 0.6}, {"strength": 0.6}),
+    ]
+    for task, options, fields in cases:
+        made = worker.edit(task, original, prompt="cat", seed=4, steps=4, **options)
+        asked = request(4, task=task, image=to_png(picture(5)), prompt="cat", **fields)
+        assert np.array_equal(np.asarray(made), worker.paint([asked])[0])
+    made = worker.edit("vary", seed=4, steps=4, parent=2, strength=0.3)
+    assert np.array_equal(np.asarray(made), worker.paint([request(4, task="vary", parent=2, strength=0.3)])[0])
+    with pytest.raises(RequestError, match="task"):
+        worker.edit("paint", original)
 
 
 @pytest.mark.parametrize(

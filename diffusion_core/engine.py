@@ -1,0 +1,451 @@
+"""Step-level continuous batching: requests join and leave the running batch at any row of their own tables.
+
+One `tick` makes one denoiser call for as many requests as there are lanes, whatever their samplers, lengths, guidance,
+tasks and masks. No threads and no clock: whoever owns the engine calls `tick` until `idle`. A lane's numbers come from
+its own request alone, so pictures do not depend on who else is there.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from diffusion_core.config import ModelConfig
+from diffusion_core.denoiser import Denoiser, Guidance, guidance, guided
+from diffusion_core.inpainting import KnownRegion, steered
+from diffusion_core.noise import Purpose, nearby, normal
+from diffusion_core.samplers import Plan, Row, State, new_state, step
+from diffusion_core.tasks import Job, Request, prepare
+
+Priority = Literal["interactive", "bulk"]
+# Requests of one key may share a batch: their size, and the products of posterior guidance that they need
+_Key = tuple[tuple[int, ...], int]
+_COLUMNS = 7  # of a table, before those of its history
+_ORDER: tuple[Priority, Priority] = ("interactive", "bulk")
+
+
+class Finished(NamedTuple):
+    """The end of a request: its picture [C, H, W] (not clipped), or the error that ended it."""
+
+    ticket: int
+    picture: Tensor | None
+    error: str | None
+
+
+class Progress(NamedTuple):
+    """How far a request is: denoiser calls made and in all, and the current estimate of x0 [C, H, W], if any."""
+
+    done: int
+    calls: int
+    preview: Tensor | None
+
+
+@dataclass(eq=False)
+class _Lane:
+    """A request on its way: its table [N, columns] and what the last row left.
+
+    Of every row it is known whether it needs the unconditional pass too (`wide`), and fresh noise (`fresh`).
+    """
+
+    ticket: int
+    job: Job
+    key: _Key
+    table: Tensor
+    wide: list[bool]
+    fresh: list[bool]
+    row: int = 0
+    state: State | None = None
+    pull: Tensor | None = None
+    denoised: Tensor | None = None
+
+    @property
+    def last(self) -> bool:
+        """Whether the next row is the last one."""
+        return self.row == len(self.table) - 1
+
+    @property
+    def guided(self) -> bool:
+        """Whether the next row needs the unconditional pass."""
+        return self.wide[self.row]
+
+    @property
+    def width(self) -> int:
+        """Network inputs of the next row."""
+        return 2 if self.guided else 1
+
+
+class Engine:
+    """A model that answers many requests at once; a guided request takes two network inputs of a tick.
+
+    Every network call has one of the batch sizes `widths`, the largest is the number of lanes. A request's bits depend
+    on nobody else where those sizes agree with one another (`agreeing_widths`), so for one size where the device is
+    unknown. Every `patience`-th tick serves bulk requests first, so that they never starve.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        widths: Sequence[int] = (8, 32),
+        patience: int = 8,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if not widths or min(widths) < 1 or max(widths) < 2 or patience < 2:
+            raise ValueError(
+                f"widths {list(widths)}, patience {patience}; need positive widths, and 2 for one at least"
+            )
+        self.denoiser, self.widths, self.patience = denoiser, sorted(widths), patience
+        self.device, self.dtype = torch.device(device), dtype
+        self._pools: dict[tuple[Priority, _Key], dict[int, _Lane]] = {}
+        self._where: dict[int, tuple[Priority, _Key]] = {}
+        self._spent: dict[_Key, float] = {}
+        self._ready: list[Finished] = []
+        self._tickets = self._ticks = 0
+
+    @property
+    def lanes(self) -> int:
+        """Network inputs of the largest batch."""
+        return self.widths[-1]
+
+    @property
+    def model(self) -> ModelConfig:
+        """What the denoiser is."""
+        return self.denoiser.config
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left to do."""
+        return not self._where and not self._ready
+
+    @property
+    def pending_calls(self) -> int:
+        """Denoiser calls still to make for all requests: the engine's load."""
+        return sum(len(lane.table) - lane.row for pool in self._pools.values() for lane in pool.values())
+
+    def submit(self, request: Request, priority: Priority = "interactive") -> int:
+        """Admit a request and return its ticket. Raises ValueError, by the field's name, on what cannot be done."""
+        if priority not in _ORDER:
+            raise ValueError(f"priority: {priority!r}; there are {', '.join(_ORDER)}")
+        job = prepare(request, self.model, self.dtype)
+        self._tickets += 1
+        if job.plan is None:
+            self._ready.append(Finished(self._tickets, job.origin.to(self.device), None))
+            return self._tickets
+        self._enter(_new_lane(self._tickets, job, job.plan), priority)
+        return self._tickets
+
+    def cancel(self, ticket: int) -> bool:
+        """Drop a request; its lanes are free at the next tick. False where it has ended or never was."""
+        if ticket not in self._where:
+            return False
+        self._leave(ticket)
+        return True
+
+    def progress(self, ticket: int) -> Progress:
+        """How far a request is. Raises KeyError where it has ended or never was."""
+        lane = self._pools[self._where[ticket]][ticket]
+        return Progress(lane.row, len(lane.table), lane.denoised)
+
+    @torch.no_grad()
+    def tick(self) -> list[Finished]:
+        """Make one denoiser call for a batch of requests; returns those that have ended."""
+        finished, self._ready = self._ready, []
+        lanes = self._choose()
+        if lanes:
+            finished += self._advance(lanes)
+        for end in finished:
+            if end.ticket in self._where:
+                self._leave(end.ticket)
+        return finished
+
+    def run(self, requests: Iterable[Request]) -> list[Tensor]:
+        """Pictures of `requests`, in order, by an idle engine.
+
+        Raises ValueError where one is refused (then none is begun), one fails, or the engine is busy.
+        """
+        if not self.idle:
+            raise ValueError(f"engine: busy with {len(self._where)} requests; tick it until idle, or submit to it")
+        tickets: list[int] = []
+        try:
+            tickets.extend(self.submit(request) for request in requests)
+        except ValueError:
+            self._clear()
+            raise
+        pictures: dict[int, Tensor] = {}
+        while len(pictures) < len(tickets):
+            for end in self.tick():
+                if end.picture is None:
+                    self._clear()
+                    raise ValueError(f"request {tickets.index(end.ticket)}: {end.error}")
+                pictures[end.ticket] = end.picture
+        return [pictures[ticket] for ticket in tickets]
+
+    def _clear(self) -> None:
+        """Drop everything."""
+        self._ready = []
+        for ticket in list(self._where):
+            self._leave(ticket)
+
+    def _enter(self, lane: _Lane, priority: Priority) -> None:
+        """Queue a lane. A key that was idle starts level with the least served, and claims no past."""
+        busy = [self._spent[key] for _, key in self._pools]
+        if not any(key == lane.key for _, key in self._pools):
+            self._spent[lane.key] = max(self._spent.get(lane.key, 0.0), min(busy, default=0.0))
+        self._where[lane.ticket] = (priority, lane.key)
+        self._pools.setdefault((priority, lane.key), {})[lane.ticket] = lane
+
+    def _leave(self, ticket: int) -> None:
+        """Take a lane out of its queue."""
+        place = self._where.pop(ticket)
+        del self._pools[place][ticket]
+        if not self._pools[place]:
+            del self._pools[place]
+
+    def _choose(self) -> list[_Lane]:
+        """The lanes of the next batch: of the key served least so far, the first come first, bulk after interactive."""
+        self._ticks += 1
+        order = _ORDER[::-1] if self._ticks % self.patience == 0 else _ORDER
+        urgent = next((priority for priority in order if any(priority == each for each, _ in self._pools)), None)
+        if urgent is None:
+            return []
+        key = min((key for each, key in self._pools if each == urgent), key=lambda key: self._spent[key])
+        chosen, free = [], self.lanes
+        for lane in (lane for priority in order for lane in self._pools.get((priority, key), {}).values()):
+            if lane.width > free:
+                break
+            chosen.append(lane)
+            free -= lane.width
+        self._spent[key] += (self.lanes - free) * (1 + key[1]) * key[0][1] * key[0][2]
+        return chosen
+
+    def _advance(self, lanes: list[_Lane]) -> list[Finished]:
+        """One row for each lane; returns those that have ended."""
+        for lane in lanes:
+            if lane.state is None:
+                self._begin(lane)
+        count, solves = len(lanes), lanes[0].key[1]
+        crowd = lanes + [lanes[0]] * self._padding(count if solves else sum(lane.width for lane in lanes))
+        sigma, sigma_next, row = self._coefficients(crowd)
+        state = self._state(crowd, row.c.shape[1])
+        label, how = self._conditions(crowd, count)
+        pull = None
+        if solves:
+            denoised, pull = self._steer(crowd, state.x, sigma, label, how, solves)
+        else:
+            denoised = guided(self.denoiser, state.x, sigma, label, how)
+        state = step(state, row, denoised, self._fresh_noise(crowd, state.x))
+        state = state._replace(x=self._constrained(crowd, state.x, sigma_next))
+        return _scatter(lanes, state, denoised, pull)
+
+    def _begin(self, lane: _Lane) -> None:
+        """The start of a lane's walk."""
+        job = lane.job
+        x = job.origin.to(self.device)[None]
+        if job.noise:
+            x = x + job.noise * self._noise([lane], "start", 0, tuple(job.origin.shape))
+        state = new_state(x[0], lane.table.shape[1] - _COLUMNS)
+        lane.state, lane.pull = state, torch.zeros_like(x[0]) if job.solves else None
+
+    def _noise(self, lanes: Sequence[_Lane], purpose: Purpose, rows: int | Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Noise [B, *shape] of the lanes' own seeds; a variation's lies between two seeds'."""
+        requests = [lane.job.request for lane in lanes]
+        seeds = self._tensor([r.seed if r.parent is None else r.parent for r in requests], torch.int64)
+        if all(request.parent is None for request in requests):
+            return normal(seeds, purpose, rows, shape, self.dtype)
+        others = self._tensor([request.seed for request in requests], torch.int64)
+        share = self._tensor([0.0 if r.parent is None else r.strength or 0.0 for r in requests], torch.float64)
+        return nearby(seeds, others, share, purpose, rows, shape).to(self.dtype)
+
+    def _coefficients(self, lanes: list[_Lane]) -> tuple[Tensor, Tensor, Row]:
+        """sigma [B], sigma_next [B] and the coefficients of every lane's next row, histories padded with zeros."""
+        longest = max(lane.table.shape[1] for lane in lanes)
+        rows = [functional.pad(lane.table[lane.row], (0, longest - lane.table.shape[1])) for lane in lanes]
+        table = torch.stack(rows).to(self.device, self.dtype)
+        sigma, sigma_next, a, b, s, alpha, beta = table[:, :_COLUMNS].unbind(1)
+        return sigma, sigma_next, Row(a, b, table[:, _COLUMNS:], s, alpha, beta)
+
+    def _state(self, lanes: list[_Lane], memory: int) -> State:
+        """The lanes' states as one batch."""
+        states = [lane.state for lane in lanes if lane.state is not None]
+        zeros = torch.zeros_like(states[0].x)
+        return State(
+            _batch([state.x for state in states]),
+            tuple(_batch([(*state.history, *[zeros] * memory)[age] for state in states]) for age in range(memory)),
+        )
+
+    def _conditions(self, lanes: list[_Lane], count: int) -> tuple[Tensor | None, Guidance]:
+        """Labels [B] (None for a model without classes) and guidance; the padding is not guided."""
+        requests = [lane.job.request for lane in lanes]
+        scales = [
+            lane.job.request.guidance_scale if lane.guided and at < count else 1.0 for at, lane in enumerate(lanes)
+        ]
+        rescales = [request.guidance_rescale for request in requests]
+        how = guidance(self._tensor(scales, self.dtype), rescale=self._tensor(rescales, self.dtype))
+        classes = self.model.unet.classes
+        labels = [classes if request.label is None else request.label for request in requests]
+        return (self._tensor(labels, torch.int64) if classes else None), how
+
+    def _steer(
+        self, lanes: list[_Lane], x: Tensor, sigma: Tensor, label: Tensor | None, how: Guidance, solves: int
+    ) -> tuple[Tensor, Tensor]:
+        """Posterior guidance with the Jacobian of the conditional pass: guidance sharpens D beyond any covariance."""
+        with torch.enable_grad():
+            at = x.detach().requires_grad_()
+            conditional = self.denoiser(at, sigma, label)
+        denoised, needs = conditional.detach(), how.needs(sigma)
+        if label is not None and bool(needs.any()):
+            places = needs.nonzero()[:, 0]
+            padded = torch.cat((places, places[:1].expand(self._padding(len(places)))))
+            null = torch.full_like(label[padded], self.model.unet.classes)
+            denoised = how.mix(denoised, self.denoiser(x[padded], sigma[padded], null)[: len(places)], needs)
+        pull = _batch([lane.pull for lane in lanes if lane.pull is not None])
+        known = self._known(lanes)
+
+        def product(vector: Tensor) -> Tensor:
+            return torch.autograd.grad(conditional, at, vector, retain_graph=True)[0]
+
+        return steered(denoised, product, sigma, known, pull, solves)
+
+    def _known(self, lanes: Sequence[_Lane]) -> KnownRegion:
+        """The known regions of inpainting lanes."""
+        pictures = [lane.job.request.picture for lane in lanes]
+        masks = [lane.job.request.mask for lane in lanes]
+        seeds = self._tensor([lane.job.request.seed for lane in lanes], torch.int64)
+        return KnownRegion(
+            _batch([each.to(self.device, self.dtype) for each in pictures if each is not None]),
+            torch.stack([each.to(self.device, self.dtype) for each in masks if each is not None]),
+            seeds,
+        )
+
+    def _fresh_noise(self, lanes: list[_Lane], x: Tensor) -> Tensor | None:
+        """The sampler's noise for the lanes whose row asks for it, zeros for others; None where no row does."""
+        places = [at for at, lane in enumerate(lanes) if lane.fresh[lane.row]]
+        if not places:
+            return None
+        noisy = [lanes[at] for at in places]
+        z = torch.zeros_like(x)
+        z[places] = self._noise(noisy, "sampler", self._rows(noisy), tuple(x.shape[1:]))
+        return z
+
+    def _constrained(self, lanes: list[_Lane], x: Tensor, sigma_next: Tensor) -> Tensor:
+        """x with known regions written in: after every row of replacement, after the last one always, without noise."""
+        places = [
+            at for at, lane in enumerate(lanes) if lane.job.request.task == "inpaint" and (lane.last or not lane.key[1])
+        ]
+        if not places:
+            return x
+        held = [lanes[at] for at in places]
+        level = torch.where(self._tensor([lane.last for lane in held], torch.bool), 0.0, sigma_next[places])
+        out = x.clone()
+        out[places] = self._known(held)(x[places], level, self._rows(held))
+        return out
+
+    def _padding(self, count: int) -> int:
+        """How many inputs `count` lack to the next batch size."""
+        return next(width for width in self.widths if width >= count) - count
+
+    def _rows(self, lanes: list[_Lane]) -> Tensor:
+        """The number of every lane's next row [B]."""
+        return self._tensor([lane.row for lane in lanes], torch.int64)
+
+    def _tensor(self, values: Sequence[object], dtype: torch.dtype) -> Tensor:
+        """Values on the engine's device."""
+        return torch.tensor(values, dtype=dtype).to(self.device)
+
+
+def agreeing_widths(
+    denoiser: Denoiser, shape: tuple[int, int, int], device: torch.device | str = "cpu", most: int = 32
+) -> tuple[int, ...]:
+    """Batch sizes, at most `most`, that give a picture of `shape` (C, H, W) the same bits at every place of the batch.
+
+    Libraries choose kernels by shape and share the work of a batch between threads, so this is found by trying: the
+    forward pass and the vector-Jacobian product of one picture, as many times as the batch has places. The largest
+    size whose places agree is the reference for the others. Takes the time of about 6·`most` single calls.
+    """
+    threads = torch.get_num_threads()
+    sizes = sorted({1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, threads, 2 * threads, 4 * threads, most})
+    reference, agreeing = None, []
+    for width in reversed([size for size in sizes if size <= most]):
+        answers = _answers(denoiser, shape, torch.device(device), width)
+        alike = bool((answers == answers[:1]).all())
+        if alike and (reference is None or torch.equal(answers[0], reference)):
+            reference = answers[0]
+            agreeing.append(width)
+    return tuple(reversed(agreeing))
+
+
+def measure_lanes(
+    denoiser: Denoiser, shape: tuple[int, int, int], widths: Sequence[int], device: torch.device | str = "cpu"
+) -> int:
+    """The smallest of `widths` whose denoiser calls on pictures of `shape` come within 5 % of the best rate here."""
+    rates = {width: width / _seconds_per_call(denoiser, shape, torch.device(device), width) for width in widths}
+    return min(width for width, rate in rates.items() if rate >= 0.95 * max(rates.values()))
+
+
+def _answers(denoiser: Denoiser, shape: tuple[int, int, int], device: torch.device, width: int) -> Tensor:
+    """What one picture gives at each of `width` places: D and its vector-Jacobian product, [width, 2·C·H·W]."""
+    x = normal(torch.zeros(1, dtype=torch.int64), "start", 0, shape).to(device)
+    at = _batch([x[0]] * width).requires_grad_()
+    with torch.enable_grad():
+        denoised = denoiser(at, torch.ones(width, device=device), _first_label(denoiser, width, device))
+    product = torch.autograd.grad(denoised, at, at.detach())[0]
+    return torch.cat((denoised.detach().flatten(1), product.flatten(1)), dim=1)
+
+
+@torch.no_grad()
+def _seconds_per_call(denoiser: Denoiser, shape: tuple[int, int, int], device: torch.device, width: int) -> float:
+    """The best of three calls after one to warm up."""
+    x, sigma = _batch([torch.zeros(shape, device=device)] * width), torch.ones(width, device=device)
+    times = []
+    for _ in range(4):
+        begun = time.perf_counter()
+        float(denoiser(x, sigma, _first_label(denoiser, width, device)).sum())  # reading a number waits for the device
+        times.append(time.perf_counter() - begun)
+    return min(times[1:])
+
+
+def _first_label(denoiser: Denoiser, width: int, device: torch.device) -> Tensor | None:
+    """Labels for a trial."""
+    return torch.zeros(width, dtype=torch.int64, device=device) if denoiser.config.unet.classes else None
+
+
+def _new_lane(ticket: int, job: Job, plan: Plan) -> _Lane:
+    """A lane before its first row."""
+    request = job.request
+    columns = (plan.sigma, plan.sigma_next, plan.a, plan.b, plan.s, plan.alpha, plan.beta)
+    within = (plan.sigma > request.guidance_low) & (plan.sigma <= request.guidance_high)
+    guided_at_all = request.label is not None and request.guidance_scale != 1
+    return _Lane(
+        ticket=ticket,
+        job=job,
+        key=(tuple(job.origin.shape), job.solves),
+        table=torch.cat((torch.stack(columns, dim=1), plan.c), dim=1),
+        wide=[guided_at_all and each for each in within.tolist()],
+        fresh=(plan.s != 0).tolist(),
+    )
+
+
+def _batch(pictures: list[Tensor]) -> Tensor:
+    """Pictures [C, H, W] as one batch in the layout that convolutions like."""
+    return torch.stack(pictures).contiguous(memory_format=torch.channels_last)
+
+
+def _scatter(lanes: list[_Lane], state: State, denoised: Tensor, pull: Tensor | None) -> list[Finished]:
+    """Give every lane its part of the batch; returns those that ended, by a value that is no number or at their end."""
+    finite = torch.isfinite(state.x[: len(lanes)]).flatten(1).all(dim=1).tolist()
+    ends = []
+    for at, lane in enumerate(lanes):
+        memory = lane.table.shape[1] - _COLUMNS
+        lane.state = State(state.x[at], tuple(each[at] for each in state.history[:memory]))
+        lane.pull, lane.denoised = None if pull is None else pull[at], denoised[at]
+        lane.row += 1
+        if not finite[at]:
+            told = f"row {lane.row} of {len(lane.table)}: the picture has values that are NaN or infinite"
+            ends.append(Finished(lane.ticket, None, told))
+        elif lane.row == len(lane.table):
+            ends.append(Finished(lane.ticket, state.x[at].clone(), None))
+    return ends
