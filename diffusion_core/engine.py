@@ -79,37 +79,36 @@ class _Lane:
 
 
 class Engine:
-    """A model that answers many requests at once; a guided request takes two network inputs of a tick.
+    """A model that answers many requests at once, `lanes` network inputs a tick; a guided request takes two.
 
-    Every network call has one of the batch sizes `widths`, the largest is the number of lanes. A request's bits depend
-    on nobody else where those sizes agree with one another (`agreeing_widths`), so for one size where the device is
-    unknown. Every `patience`-th tick serves bulk requests first, so that they never starve.
+    Every network call has one of the batch sizes `widths`, the largest of which is then the number of lanes. Left out,
+    they are found for each picture size when it is first asked for (`agreeing_widths`), so that a request's bits depend
+    on nobody else. Every `patience`-th tick serves bulk requests first, so that they never starve.
     """
 
     def __init__(
         self,
         denoiser: Denoiser,
-        widths: Sequence[int] = (8, 32),
+        widths: Sequence[int] | None = None,
+        lanes: int = 32,
         patience: int = 8,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if not widths or min(widths) < 1 or max(widths) < 2 or patience < 2:
+        lanes = lanes if widths is None else max(widths, default=0)
+        if lanes < 2 or patience < 2 or (widths is not None and min(widths) < 1):
             raise ValueError(
-                f"widths {list(widths)}, patience {patience}; need positive widths, and 2 for one at least"
+                f"lanes {lanes}, widths {widths}, patience {patience}; need lanes and patience of 2 or more"
             )
-        self.denoiser, self.widths, self.patience = denoiser, sorted(widths), patience
+        self.denoiser, self.lanes, self.patience = denoiser, lanes, patience
         self.device, self.dtype = torch.device(device), dtype
+        self._given = None if widths is None else tuple(sorted(widths))
+        self._widths: dict[tuple[int, ...], tuple[int, ...]] = {}
         self._pools: dict[tuple[Priority, _Key], dict[int, _Lane]] = {}
         self._where: dict[int, tuple[Priority, _Key]] = {}
         self._spent: dict[_Key, float] = {}
         self._ready: list[Finished] = []
         self._tickets = self._ticks = 0
-
-    @property
-    def lanes(self) -> int:
-        """Network inputs of the largest batch."""
-        return self.widths[-1]
 
     @property
     def model(self) -> ModelConfig:
@@ -135,8 +134,24 @@ class Engine:
         if job.plan is None:
             self._ready.append(Finished(self._tickets, job.origin.to(self.device), None))
             return self._tickets
+        self.prepare_for(job.origin.shape)
         self._enter(_new_lane(self._tickets, job, job.plan), priority)
         return self._tickets
+
+    def prepare_for(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The batch sizes for pictures of `shape` (C, H, W), found now where they are not known yet.
+
+        Raises ValueError where no batch of 2 or more gives the same bits at every place.
+        """
+        if tuple(shape) not in self._widths:
+            found = self._given or agreeing_widths(self.denoiser, shape, self.device, self.lanes, self.dtype)
+            if found[-1] < 2:
+                raise ValueError(
+                    f"widths: no batch of pictures {list(shape)} has the same bits at every place; "
+                    "run with one thread, or give widths"
+                )
+            self._widths[tuple(shape)] = found
+        return self._widths[tuple(shape)]
 
     def cancel(self, ticket: int) -> bool:
         """Drop a request; its lanes are free at the next tick. False where it has ended or never was."""
@@ -213,13 +228,14 @@ class Engine:
         if urgent is None:
             return []
         key = min((key for each, key in self._pools if each == urgent), key=lambda key: self._spent[key])
-        chosen, free = [], self.lanes
+        most = self._widths[key[0]][-1]
+        chosen, free = [], most
         for lane in (lane for priority in order for lane in self._pools.get((priority, key), {}).values()):
             if lane.width > free:
                 break
             chosen.append(lane)
             free -= lane.width
-        self._spent[key] += (self.lanes - free) * (1 + key[1]) * key[0][1] * key[0][2]
+        self._spent[key] += (most - free) * (1 + key[1]) * key[0][1] * key[0][2]
         return chosen
 
     def _advance(self, lanes: list[_Lane]) -> list[Finished]:
@@ -228,7 +244,8 @@ class Engine:
             if lane.state is None:
                 self._begin(lane)
         count, solves = len(lanes), lanes[0].key[1]
-        crowd = lanes + [lanes[0]] * self._padding(count if solves else sum(lane.width for lane in lanes))
+        filled = count if solves else sum(lane.width for lane in lanes)
+        crowd = lanes + [lanes[0]] * self._padding(filled, lanes[0].key)
         sigma, sigma_next, row = self._coefficients(crowd)
         state = self._state(crowd, row.c.shape[1])
         label, how = self._conditions(crowd, count)
@@ -299,7 +316,7 @@ class Engine:
         denoised, needs = conditional.detach(), how.needs(sigma)
         if label is not None and bool(needs.any()):
             places = needs.nonzero()[:, 0]
-            padded = torch.cat((places, places[:1].expand(self._padding(len(places)))))
+            padded = torch.cat((places, places[:1].expand(self._padding(len(places), lanes[0].key))))
             null = torch.full_like(label[padded], self.model.unet.classes)
             denoised = how.mix(denoised, self.denoiser(x[padded], sigma[padded], null)[: len(places)], needs)
         pull = _batch([lane.pull for lane in lanes if lane.pull is not None])
@@ -344,9 +361,9 @@ class Engine:
         out[places] = self._known(held)(x[places], level, self._rows(held))
         return out
 
-    def _padding(self, count: int) -> int:
+    def _padding(self, count: int, key: _Key) -> int:
         """How many inputs `count` lack to the next batch size."""
-        return next(width for width in self.widths if width >= count) - count
+        return next(width for width in self._widths[key[0]] if width >= count) - count
 
     def _rows(self, lanes: list[_Lane]) -> Tensor:
         """The number of every lane's next row [B]."""
@@ -358,7 +375,11 @@ class Engine:
 
 
 def agreeing_widths(
-    denoiser: Denoiser, shape: tuple[int, int, int], device: torch.device | str = "cpu", most: int = 32
+    denoiser: Denoiser,
+    shape: Sequence[int],
+    device: torch.device | str = "cpu",
+    most: int = 32,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[int, ...]:
     """Batch sizes, at most `most`, that give a picture of `shape` (C, H, W) the same bits at every place of the batch.
 
@@ -370,7 +391,7 @@ def agreeing_widths(
     sizes = sorted({1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, threads, 2 * threads, 4 * threads, most})
     reference, agreeing = None, []
     for width in reversed([size for size in sizes if size <= most]):
-        answers = _answers(denoiser, shape, torch.device(device), width)
+        answers = _answers(denoiser, shape, width, torch.device(device), dtype)
         alike = bool((answers == answers[:1]).all())
         if alike and (reference is None or torch.equal(answers[0], reference)):
             reference = answers[0]
@@ -386,12 +407,12 @@ def measure_lanes(
     return min(width for width, rate in rates.items() if rate >= 0.95 * max(rates.values()))
 
 
-def _answers(denoiser: Denoiser, shape: tuple[int, int, int], device: torch.device, width: int) -> Tensor:
+def _answers(denoiser: Denoiser, shape: Sequence[int], width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """What one picture gives at each of `width` places: D and its vector-Jacobian product, [width, 2·C·H·W]."""
-    x = normal(torch.zeros(1, dtype=torch.int64), "start", 0, shape).to(device)
+    x = normal(torch.zeros(1, dtype=torch.int64), "start", 0, shape, dtype).to(device)
     at = _batch([x[0]] * width).requires_grad_()
     with torch.enable_grad():
-        denoised = denoiser(at, torch.ones(width, device=device), _first_label(denoiser, width, device))
+        denoised = denoiser(at, torch.ones(width, device=device, dtype=dtype), _first_label(denoiser, width, device))
     product = torch.autograd.grad(denoised, at, at.detach())[0]
     return torch.cat((denoised.detach().flatten(1), product.flatten(1)), dim=1)
 

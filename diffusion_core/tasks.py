@@ -173,6 +173,5 @@ def _check_settings(request: Request, model: ModelConfig) -> None:
     if level is not None and not model.sigma_min < level <= model.sigma_max:
         raise ValueError(f"noise_level: {level}; need more than {model.sigma_min} and at most {model.sigma_max}")
     checks.classes("label", None if request.label is None else torch.tensor([request.label]), model.unet.classes)
-    guidance(
-        torch.tensor([request.guidance_scale]), request.guidance_low, request.guidance_high, request.guidance_rescale
-    )
+    scale = torch.tensor([request.guidance_scale], dtype=torch.float64)
+    guidance(scale, request.guidance_low, request.guidance_high, request.guidance_rescale)

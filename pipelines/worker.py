@@ -10,7 +10,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from diffusion_core.config import Task
-from diffusion_core.engine import Engine, agreeing_widths, measure_lanes
+from diffusion_core.engine import Engine, measure_lanes
 from diffusion_core.noise import derive_seeds
 from diffusion_core.tasks import Request
 from pipelines.config import PipelineError
@@ -34,17 +34,17 @@ class Worker:
             torch.set_num_threads(threads or os.cpu_count() or 1)  # Ray would leave a process one
         network = model.denoiser.network.requires_grad_(False)
         network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.engine = Engine(model.denoiser, self._widths(lanes), device=self.device)
+        lanes = lanes or measure_lanes(model.denoiser, self._shape, (4, 8, 16, 32, 64), self.device)
+        # kernels of a GPU are chosen by shape: there is one shape
+        widths = (lanes,) if self.device.type == "cuda" else None
+        self.engine = Engine(model.denoiser, widths, lanes, device=self.device)
+        self.engine.prepare_for(self._shape)
 
-    def _widths(self, lanes: int) -> tuple[int, ...]:
-        """The batch sizes of the engine: those that agree bit by bit on a CPU, a single one on a GPU."""
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the model's own pictures."""
         unet = self.model.config.unet
-        shape = (unet.channels, unet.resolution, unet.resolution)
-        if not lanes:
-            lanes = measure_lanes(self.model.denoiser, shape, (4, 8, 16, 32, 64), self.device)
-        if self.device.type == "cuda":
-            return (lanes,)
-        return agreeing_widths(self.model.denoiser, shape, self.device, lanes)
+        return unet.channels, unet.resolution, unet.resolution
 
     @property
     def profile(self) -> dict[str, str | int]:
@@ -122,11 +122,11 @@ class Worker:
         seed: int = 0,
         **options: Any,
     ) -> Image.Image:
-        """One picture of the task "inpaint" (`image`, and `mask` whose transparent pixels are repainted; default: the
-        image's own), "denoise" (`image`; `noise_level`, estimated where absent), "image_to_image" (`image`, `strength`)
-        or "vary" (`parent`, the seed whose picture to vary, and `strength`).
+        """One picture of a task: "inpaint", "denoise", "image_to_image" or "vary".
 
-        Further options are those of `ImageRequest`. Raises RequestError by the name of what does not fit.
+        `image` is the picture to edit. To inpaint, the transparent pixels of `mask` are repainted (default: the
+        image's own). `noise_level` (estimated where absent), `strength`, `parent` and further options are those of
+        `ImageRequest`. Raises RequestError by the name of what does not fit.
         """
         files = {"image": image, "mask": mask}
         given = {name: _png(picture) for name, picture in files.items() if picture is not None}

@@ -127,14 +127,14 @@ def play(engine, requests, choices):
 
 
 @pytest.fixture(scope="module")
-def alone(denoiser, exact_denoiser, widths):
+def alone(denoiser, exact_denoiser):
     """The picture of request `number` made alone, in float32 or float64."""
     known = {}
 
     def make(number, dtype):
         if (number, dtype) not in known:
             of = denoiser if dtype == torch.float32 else exact_denoiser
-            known[number, dtype] = Engine(of, widths, dtype=dtype).run([any_request(number)])[0]
+            known[number, dtype] = Engine(of, dtype=dtype).run([any_request(number)])[0]
         return known[number, dtype]
 
     return make
@@ -142,9 +142,9 @@ def alone(denoiser, exact_denoiser, widths):
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(numbers=st.lists(st.integers(0, 60), min_size=1, max_size=14), seed=st.integers(0, 10**6))
-def test_any_crowd_gives_every_request_the_bytes_it_has_alone(denoiser, widths, alone, numbers, seed):
+def test_any_crowd_gives_every_request_the_bytes_it_has_alone(denoiser, alone, numbers, seed):
     choices = random.Random(seed)
-    engine = Engine(denoiser, choices.choice([widths, widths[:-1], widths[-1:]]), patience=choices.choice([2, 8]))
+    engine = Engine(denoiser, lanes=choices.choice([8, 16, 32]), patience=choices.choice([2, 8]))
     for place, made in play(engine, [any_request(number) for number in numbers], choices).items():
         assert torch.equal(made, alone(numbers[place], torch.float32)), "not one bit differs, so no byte does"
 
@@ -357,10 +357,30 @@ def test_bad_requests_are_refused_at_admission_and_disturb_nobody(denoiser, widt
     assert engine.idle
 
 
-@pytest.mark.parametrize("settings", [{"widths": ()}, {"widths": (1,)}, {"widths": (0, 4)}, {"patience": 1}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"widths": ()}, {"widths": (1,)}, {"widths": (0, 4)}, {"lanes": 1}, {"patience": 1}], ids=str
+)
 def test_an_engine_that_could_not_run_is_refused(denoiser, settings):
-    with pytest.raises(ValueError, match=r"widths \[.*\], patience"):
+    with pytest.raises(ValueError, match="need lanes and patience of 2 or more"):
         Engine(denoiser, **settings)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 4])
+def test_bits_agree_for_any_number_of_threads(denoiser, threads):
+    """With three threads, the tiny network's batches of 16 give other bits at other places."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        shape = (3, 16, 16)
+        requests = [
+            Request(seed, sampler=SamplerConfig(steps=2), label=seed % 3, size=shape[1:], guidance_scale=1 + seed % 2)
+            for seed in range(24)
+        ]
+        together = Engine(denoiser).run(requests)
+        for place in (0, 9, 23):
+            assert torch.equal(Engine(denoiser).run([requests[place]])[0], together[place])
+    finally:
+        torch.set_num_threads(usual)
 
 
 def test_agreeing_widths_are_those_whose_places_and_sizes_do_not_change_a_bit():
@@ -376,6 +396,19 @@ def test_agreeing_widths_are_those_whose_places_and_sizes_do_not_change_a_bit():
             return x * 0.5 + shift
 
     assert set(agreeing_widths(Fussy(), SHAPE, most=16)) & {1, 2, 4, 6, 8, 12, 16} == {1, 4, 12, 16}
+
+
+def test_where_no_batch_agrees_the_engine_says_so():
+    class Placed(Sum):
+        """Adds 1e-6 at the first place of every batch of more than one."""
+
+        def __call__(self, x, sigma, label):
+            shift = torch.zeros(len(x), 1, 1, 1)
+            shift[0] = 1e-6 * (len(x) > 1)
+            return x * 0.5 + shift
+
+    with pytest.raises(ValueError, match=r"widths: no batch of pictures \[3, 8, 8\] has the same bits"):
+        Engine(Placed()).submit(Request(1, label=0))
 
 
 def test_lanes_are_measured(denoiser, widths):
