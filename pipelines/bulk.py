@@ -17,7 +17,7 @@ from pipelines.progress import Progress
 from pipelines.requests import ImageRequest
 from pipelines.worker import Worker, load_worker, picture_seed
 
-VERSION = 1
+VERSION = 2
 _IN_FLIGHT = 2
 Numerics = dict[str, str | int]
 
@@ -81,7 +81,7 @@ class ShardPainter:
 
     def __init__(self, config: GenerateConfig, uri: str) -> None:
         self.config, self.uri = config, uri
-        self.worker: Worker = load_worker(config.model)
+        self.worker: Worker = load_worker(config.model, lanes=config.lanes)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Row with the number of a `shard` -> that number and the shard's entry for the manifest."""

@@ -173,7 +173,22 @@ class GenerateOptions(SampleOptions):
     workers: Annotated[int, How()] = Field(0, ge=0, description="actors; 0 takes one per GPU, else one per two cores")
 
 
-class GenerateConfig(GenerateOptions, Place):
+class EngineOptions(Settings):
+    """How the engine of a model on a device batches."""
+
+    lanes: Annotated[int, How()] = Field(
+        32, ge=0, le=1024, description="network inputs a tick, 2 or more; 0 chooses by a short measurement"
+    )
+
+    @field_validator("lanes")
+    @classmethod
+    def _room_for_guidance(cls, lanes: int) -> int:
+        if lanes == 1:
+            raise ValueError("1 lane has no room for a guided request; need 2 or more, or 0 to measure")
+        return lanes
+
+
+class GenerateConfig(GenerateOptions, EngineOptions, Place):
     """Generate pictures in bulk into image shards with a manifest."""
 
     model: Annotated[Uri, How()] = Field(description="URI of the published model (its folder)")
@@ -199,7 +214,7 @@ class EvaluateConfig(EvaluateOptions, Place):
     images: Annotated[Uri | None, How()] = Field(None, description="URI of bulk-generated images to judge as well")
 
 
-class ServeConfig(Place):
+class ServeConfig(EngineOptions, Place):
     """Serve a model over HTTP until stopped."""
 
     model: Annotated[Uri | None, How()] = Field(

@@ -24,7 +24,7 @@ from pipelines.report import grid
 from pipelines.requests import ImageRequest
 from pipelines.worker import Worker, picture_seed
 
-VERSION = 1
+VERSION = 2
 _TIMEOUT_S = 600.0
 _CLIENTS = 16
 Painter = Callable[[list[ImageRequest]], list[Pixels]]

@@ -62,8 +62,8 @@ class DenoiseForm(ImageOptions):
 class Model:
     """A model on a device. Waiting requests share batches, whoever sent them."""
 
-    def __init__(self, uri: str) -> None:
-        self.worker = load_worker(uri)
+    def __init__(self, uri: str, lanes: int) -> None:
+        self.worker = load_worker(uri, lanes=lanes)
 
     async def describe(self) -> dict[str, Any]:
         """What the model is: URI, digest, configuration, and the numerics profile of its device."""
@@ -198,7 +198,7 @@ def start(config: ServeConfig) -> str:
     ingress = serve.deployment(
         Images, name="Images", max_ongoing_requests=_ONGOING, logging_config=quiet, ray_actor_options={"num_cpus": 0}
     )
-    serve.run(ingress.bind(model.bind(uri), config.name), name=config.app, route_prefix="/")
+    serve.run(ingress.bind(model.bind(uri, config.lanes), config.name), name=config.app, route_prefix="/")
     return f"http://{config.host}:{port}"
 
 

@@ -67,3 +67,8 @@ def test_identity_follows_what_is_made_and_not_how():
     digests |= {config.identity("train", 2, config.what(base), "input"), digest}
     digests |= {config.identity("train", 1, config.what(base), "other input")}
     assert len(digests) == 5
+
+
+def test_one_lane_is_refused():
+    with pytest.raises(PipelineError, match="need 2 or more, or 0 to measure"):
+        parse(GenerateConfig, "--model", "m", "--name", "n", "--lanes", "1")
