@@ -6,8 +6,9 @@ its own request alone, so pictures do not depend on who else is there.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -44,9 +45,17 @@ class Progress(NamedTuple):
     preview: Tensor | None
 
 
+class _Batch(NamedTuple):
+    """What a row left of all that shared it: the state, the pull of posterior guidance, and D, each [B, C, H, W]."""
+
+    state: State
+    pull: Tensor
+    denoised: Tensor
+
+
 @dataclass(eq=False)
 class _Lane:
-    """A request on its way: its table [N, columns] and what the last row left.
+    """A request on its way: its table [N, columns] and its place `at` in the batch of its last row.
 
     Of every row it is known whether it needs the unconditional pass too (`wide`), and fresh noise (`fresh`).
     """
@@ -58,9 +67,8 @@ class _Lane:
     wide: list[bool]
     fresh: list[bool]
     row: int = 0
-    state: State | None = None
-    pull: Tensor | None = None
-    denoised: Tensor | None = None
+    batch: _Batch | None = None
+    at: int = 0
 
     @property
     def last(self) -> bool:
@@ -163,7 +171,8 @@ class Engine:
     def progress(self, ticket: int) -> Progress:
         """How far a request is. Raises KeyError where it has ended or never was."""
         lane = self._pools[self._where[ticket]][ticket]
-        return Progress(lane.row, len(lane.table), lane.denoised)
+        preview = lane.batch.denoised[lane.at] if lane.batch is not None and lane.row else None
+        return Progress(lane.row, len(lane.table), preview)
 
     @torch.no_grad()
     def tick(self) -> list[Finished]:
@@ -240,32 +249,33 @@ class Engine:
 
     def _advance(self, lanes: list[_Lane]) -> list[Finished]:
         """One row for each lane; returns those that have ended."""
-        for lane in lanes:
-            if lane.state is None:
-                self._begin(lane)
         count, solves = len(lanes), lanes[0].key[1]
+        new = [lane for lane in lanes if lane.batch is None]
+        if new:
+            self._begin(new)
         filled = count if solves else sum(lane.width for lane in lanes)
         crowd = lanes + [lanes[0]] * self._padding(filled, lanes[0].key)
         sigma, sigma_next, row = self._coefficients(crowd)
-        state = self._state(crowd, row.c.shape[1])
+        batch = _joined(crowd, count, row.c.shape[1])
         label, how = self._conditions(crowd, count)
-        pull = None
+        pull = batch.pull
         if solves:
-            denoised, pull = self._steer(crowd, state.x, sigma, label, how, solves)
+            denoised, pull = self._steer(crowd, batch, sigma, label, how)
         else:
-            denoised = guided(self.denoiser, state.x, sigma, label, how)
-        state = step(state, row, denoised, self._fresh_noise(crowd, state.x))
+            denoised = guided(self.denoiser, batch.state.x, sigma, label, how)
+        state = step(batch.state, row, denoised, self._fresh_noise(crowd, batch.state.x))
         state = state._replace(x=self._constrained(crowd, state.x, sigma_next))
-        return _scatter(lanes, state, denoised, pull)
+        return _handed_out(lanes, _Batch(state, pull, denoised))
 
-    def _begin(self, lane: _Lane) -> None:
-        """The start of a lane's walk."""
-        job = lane.job
-        x = job.origin.to(self.device)[None]
-        if job.noise:
-            x = x + job.noise * self._noise([lane], "start", 0, tuple(job.origin.shape))
-        state = new_state(x[0], lane.table.shape[1] - _COLUMNS)
-        lane.state, lane.pull = state, torch.zeros_like(x[0]) if job.solves else None
+    def _begin(self, lanes: list[_Lane]) -> None:
+        """The start of walks."""
+        x = torch.stack([lane.job.origin for lane in lanes]).to(self.device)
+        level = self._tensor([lane.job.noise for lane in lanes], self.dtype)[:, None, None, None]
+        x = _laid_out(x + level * self._noise(lanes, "start", 0, tuple(x.shape[1:])))
+        memory = max(lane.table.shape[1] for lane in lanes) - _COLUMNS
+        batch = _Batch(new_state(x, memory), torch.zeros_like(x), x)
+        for at, lane in enumerate(lanes):
+            lane.batch, lane.at = batch, at
 
     def _noise(self, lanes: Sequence[_Lane], purpose: Purpose, rows: int | Tensor, shape: tuple[int, ...]) -> Tensor:
         """Noise [B, *shape] of the lanes' own seeds; a variation's lies between two seeds'."""
@@ -285,15 +295,6 @@ class Engine:
         sigma, sigma_next, a, b, s, alpha, beta = table[:, :_COLUMNS].unbind(1)
         return sigma, sigma_next, Row(a, b, table[:, _COLUMNS:], s, alpha, beta)
 
-    def _state(self, lanes: list[_Lane], memory: int) -> State:
-        """The lanes' states as one batch."""
-        states = [lane.state for lane in lanes if lane.state is not None]
-        zeros = torch.zeros_like(states[0].x)
-        return State(
-            _batch([state.x for state in states]),
-            tuple(_batch([(*state.history, *[zeros] * memory)[age] for state in states]) for age in range(memory)),
-        )
-
     def _conditions(self, lanes: list[_Lane], count: int) -> tuple[Tensor | None, Guidance]:
         """Labels [B] (None for a model without classes) and guidance; the padding is not guided."""
         requests = [lane.job.request for lane in lanes]
@@ -307,25 +308,25 @@ class Engine:
         return (self._tensor(labels, torch.int64) if classes else None), how
 
     def _steer(
-        self, lanes: list[_Lane], x: Tensor, sigma: Tensor, label: Tensor | None, how: Guidance, solves: int
+        self, lanes: list[_Lane], batch: _Batch, sigma: Tensor, label: Tensor | None, how: Guidance
     ) -> tuple[Tensor, Tensor]:
         """Posterior guidance with the Jacobian of the conditional pass: guidance sharpens D beyond any covariance."""
         with torch.enable_grad():
-            at = x.detach().requires_grad_()
+            at = batch.state.x.detach().requires_grad_()
             conditional = self.denoiser(at, sigma, label)
         denoised, needs = conditional.detach(), how.needs(sigma)
         if label is not None and bool(needs.any()):
             places = needs.nonzero()[:, 0]
             padded = torch.cat((places, places[:1].expand(self._padding(len(places), lanes[0].key))))
             null = torch.full_like(label[padded], self.model.unet.classes)
-            denoised = how.mix(denoised, self.denoiser(x[padded], sigma[padded], null)[: len(places)], needs)
-        pull = _batch([lane.pull for lane in lanes if lane.pull is not None])
-        known = self._known(lanes)
+            denoised = how.mix(
+                denoised, self.denoiser(batch.state.x[padded], sigma[padded], null)[: len(places)], needs
+            )
 
         def product(vector: Tensor) -> Tensor:
             return torch.autograd.grad(conditional, at, vector, retain_graph=True)[0]
 
-        return steered(denoised, product, sigma, known, pull, solves)
+        return steered(denoised, product, sigma, self._known(lanes), batch.pull, lanes[0].key[1])
 
     def _known(self, lanes: Sequence[_Lane]) -> KnownRegion:
         """The known regions of inpainting lanes."""
@@ -333,7 +334,7 @@ class Engine:
         masks = [lane.job.request.mask for lane in lanes]
         seeds = self._tensor([lane.job.request.seed for lane in lanes], torch.int64)
         return KnownRegion(
-            _batch([each.to(self.device, self.dtype) for each in pictures if each is not None]),
+            _laid_out(torch.stack([each.to(self.device, self.dtype) for each in pictures if each is not None])),
             torch.stack([each.to(self.device, self.dtype) for each in masks if each is not None]),
             seeds,
         )
@@ -410,7 +411,7 @@ def measure_lanes(
 def _answers(denoiser: Denoiser, shape: Sequence[int], width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """What one picture gives at each of `width` places: D and its vector-Jacobian product, [width, 2·C·H·W]."""
     x = normal(torch.zeros(1, dtype=torch.int64), "start", 0, shape, dtype).to(device)
-    at = _batch([x[0]] * width).requires_grad_()
+    at = _laid_out(x.repeat(width, 1, 1, 1)).requires_grad_()
     with torch.enable_grad():
         denoised = denoiser(at, torch.ones(width, device=device, dtype=dtype), _first_label(denoiser, width, device))
     product = torch.autograd.grad(denoised, at, at.detach())[0]
@@ -420,7 +421,7 @@ def _answers(denoiser: Denoiser, shape: Sequence[int], width: int, device: torch
 @torch.no_grad()
 def _seconds_per_call(denoiser: Denoiser, shape: tuple[int, int, int], device: torch.device, width: int) -> float:
     """The best of three calls after one to warm up."""
-    x, sigma = _batch([torch.zeros(shape, device=device)] * width), torch.ones(width, device=device)
+    x, sigma = _laid_out(torch.zeros(width, *shape, device=device)), torch.ones(width, device=device)
     times = []
     for _ in range(4):
         begun = time.perf_counter()
@@ -450,23 +451,43 @@ def _new_lane(ticket: int, job: Job, plan: Plan) -> _Lane:
     )
 
 
-def _batch(pictures: list[Tensor]) -> Tensor:
-    """Pictures [C, H, W] as one batch in the layout that convolutions like."""
-    return torch.stack(pictures).contiguous(memory_format=torch.channels_last)
+def _laid_out(x: Tensor) -> Tensor:
+    """Pictures [B, C, H, W] in the layout that convolutions like."""
+    return x.contiguous(memory_format=torch.channels_last)
 
 
-def _scatter(lanes: list[_Lane], state: State, denoised: Tensor, pull: Tensor | None) -> list[Finished]:
-    """Give every lane its part of the batch; returns those that ended, by a value that is no number or at their end."""
-    finite = torch.isfinite(state.x[: len(lanes)]).flatten(1).all(dim=1).tolist()
+def _joined(crowd: list[_Lane], count: int, memory: int) -> _Batch:
+    """Parts of last batches as one batch, with histories of `memory`; what follows the first `count` is padding."""
+    places = [(lane.batch, lane.at) for lane in crowd if lane.batch is not None]
+    first = places[0][0]
+    same = all(batch is first and at == place for place, (batch, at) in enumerate(places[:count]))
+    if same and len(first.state.x) == len(crowd) and len(first.state.history) == memory:
+        return first  # nobody came or went
+
+    def gathered(part: Callable[[_Batch], Tensor]) -> Tensor:
+        return _laid_out(torch.stack([part(batch)[at] for batch, at in places]))
+
+    history = tuple(gathered(partial(_remembered, age=age)) for age in range(memory))
+    state = State(gathered(lambda batch: batch.state.x), history)
+    return _Batch(state, gathered(lambda batch: batch.pull), gathered(lambda batch: batch.denoised))
+
+
+def _remembered(batch: _Batch, age: int) -> Tensor:
+    """What a batch remembers of `age` rows before the last; zeros where that is nothing."""
+    history = batch.state.history
+    return history[age] if age < len(history) else torch.zeros_like(batch.state.x)
+
+
+def _handed_out(lanes: list[_Lane], batch: _Batch) -> list[Finished]:
+    """Tell every lane its place; returns those that ended, by a value that is no number or at their end."""
+    x = batch.state.x
+    finite = torch.isfinite(x[: len(lanes)]).flatten(1).all(dim=1).tolist()
     ends = []
     for at, lane in enumerate(lanes):
-        memory = lane.table.shape[1] - _COLUMNS
-        lane.state = State(state.x[at], tuple(each[at] for each in state.history[:memory]))
-        lane.pull, lane.denoised = None if pull is None else pull[at], denoised[at]
-        lane.row += 1
+        lane.batch, lane.at, lane.row = batch, at, lane.row + 1
         if not finite[at]:
             told = f"row {lane.row} of {len(lane.table)}: the picture has values that are NaN or infinite"
             ends.append(Finished(lane.ticket, None, told))
         elif lane.row == len(lane.table):
-            ends.append(Finished(lane.ticket, state.x[at].clone(), None))
+            ends.append(Finished(lane.ticket, x[at].clone(), None))
     return ends
