@@ -54,6 +54,21 @@ def test_the_python_that_is_shown_runs_and_prints_what_is_shown(tiny_model, tmp_
     assert f"prints `{capsys.readouterr().out.strip()}`." in page
 
 
+def test_the_edits_that_are_shown_run(tiny_model, tmp_path, monkeypatch):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/editing.md").read_text(), flags=re.DOTALL)
+    store, _, name = tiny_model.partition("/models/")
+    monkeypatch.chdir(tmp_path)
+    exec(block.replace('"runs/demo", "cartoons"', f'"{store}", "{name.split("/")[0]}"'), {})
+    assert {path.name for path in tmp_path.iterdir()} == {"repainted.png", "denoised.png", "cat.png", "variation.png"}
+
+
+def test_the_engine_that_is_shown_prints_what_is_shown(capsys):
+    page = (ROOT / "docs/engine.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(block, {})
+    assert f"```\n{capsys.readouterr().out}```" in page
+
+
 def test_options_shown_for_python_are_all_that_there_are_with_their_defaults():
     rows = re.findall(r"^\| (`[^|]*) \| [^|]* \| ([^|]*) \|$", (ROOT / "docs/python.md").read_text(), flags=re.M)
     shown = {}
