@@ -105,3 +105,17 @@ def test_walking_every_block_once_is_the_sampler_itself():
     plain, once = make_plan(config, sigmas), repaint_plan(config, sigmas, Inpainting(jump=4, times=1))
     for name in ("sigma", "sigma_next", "a", "b", "c", "s"):
         assert torch.equal(getattr(plain, name), getattr(once, name))
+
+
+def test_denoising_with_fresh_noise_gives_posterior_samples_with_the_right_mean_and_covariance():
+    sigma, count = 0.7, 20000
+    noisy = torch.tensor([1.2, -0.4], dtype=torch.float64)
+    config = SamplerConfig("dpmpp_2m_sde", steps=50, eta=1.0)
+    plan = denoise_plan(config, sigma_grid("arctan", 50, 0.002, 80.0), sigma)
+    x = sample(gaussian, plan, noisy.repeat(count, 1).view(count, 1, 1, 2), torch.arange(count)).view(count, 2)
+    gain = COVARIANCE @ torch.linalg.inv(COVARIANCE + sigma**2 * torch.eye(2, dtype=torch.float64))
+    mean, covariance = gain @ noisy, COVARIANCE - gain @ COVARIANCE
+    assert torch.allclose(x.mean(dim=0), mean, rtol=0, atol=4 * float(covariance[0, 0] / count) ** 0.5)
+    # the sampling error of a covariance of normal samples is √((c₁₁c₂₂ + c₁₂²)/n)
+    spread = ((covariance[0, 0] ** 2 + covariance**2) / count).sqrt()
+    assert ((torch.cov(x.T) - covariance).abs() < 4 * spread).all()
