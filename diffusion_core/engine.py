@@ -137,10 +137,10 @@ class Engine:
         """Admit a request and return its ticket. Raises ValueError, by the field's name, on what cannot be done."""
         if priority not in _ORDER:
             raise ValueError(f"priority: {priority!r}; there are {', '.join(_ORDER)}")
-        job = prepare(request, self.model, self.dtype)
+        job = prepare(request, self.model, self.dtype, self.device)
         self._tickets += 1
         if job.plan is None:
-            self._ready.append(Finished(self._tickets, job.origin.to(self.device), None))
+            self._ready.append(Finished(self._tickets, job.origin, None))
             return self._tickets
         self.prepare_for(job.origin.shape)
         self._enter(_new_lane(self._tickets, job, job.plan), priority)
@@ -177,13 +177,11 @@ class Engine:
     @torch.no_grad()
     def tick(self) -> list[Finished]:
         """Make one denoiser call for a batch of requests; returns those that have ended."""
-        finished, self._ready = self._ready, []
         lanes = self._choose()
-        if lanes:
-            finished += self._advance(lanes)
-        for end in finished:
-            if end.ticket in self._where:
-                self._leave(end.ticket)
+        ended = self._advance(lanes) if lanes else []
+        for end in ended:
+            self._leave(end.ticket)
+        finished, self._ready = self._ready + ended, []
         return finished
 
     def run(self, requests: Iterable[Request]) -> list[Tensor]:
@@ -269,7 +267,7 @@ class Engine:
 
     def _begin(self, lanes: list[_Lane]) -> None:
         """The start of walks."""
-        x = torch.stack([lane.job.origin for lane in lanes]).to(self.device)
+        x = torch.stack([lane.job.origin for lane in lanes])
         level = self._tensor([lane.job.noise for lane in lanes], self.dtype)[:, None, None, None]
         x = _laid_out(x + level * self._noise(lanes, "start", 0, tuple(x.shape[1:])))
         memory = max(lane.table.shape[1] for lane in lanes) - _COLUMNS
@@ -330,14 +328,11 @@ class Engine:
 
     def _known(self, lanes: Sequence[_Lane]) -> KnownRegion:
         """The known regions of inpainting lanes."""
-        pictures = [lane.job.request.picture for lane in lanes]
-        masks = [lane.job.request.mask for lane in lanes]
-        seeds = self._tensor([lane.job.request.seed for lane in lanes], torch.int64)
-        return KnownRegion(
-            _laid_out(torch.stack([each.to(self.device, self.dtype) for each in pictures if each is not None])),
-            torch.stack([each.to(self.device, self.dtype) for each in masks if each is not None]),
-            seeds,
-        )
+        requests = [lane.job.request for lane in lanes]
+        pictures = [request.picture for request in requests if request.picture is not None]
+        masks = [request.mask for request in requests if request.mask is not None]
+        seeds = self._tensor([request.seed for request in requests], torch.int64)
+        return KnownRegion(_laid_out(torch.stack(pictures)), torch.stack(masks), seeds)
 
     def _fresh_noise(self, lanes: list[_Lane], x: Tensor) -> Tensor | None:
         """The sampler's noise for the lanes whose row asks for it, zeros for others; None where no row does."""

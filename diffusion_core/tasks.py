@@ -1,7 +1,7 @@
 """What may be asked of a model, and the job that answers it: a table of coefficients, a start and a constraint."""
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -83,14 +83,21 @@ class Job:
         return inpainting.solves if self.request.task == "inpaint" and inpainting.method == "posterior" else 0
 
 
-def prepare(request: Request, model: ModelConfig, dtype: torch.dtype = torch.float32) -> Job:
-    """The job of a request. Raises ValueError, by the field's name, on what this model cannot do."""
+def prepare(
+    request: Request, model: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Job:
+    """The job of a request, its pictures in `dtype` on `device`.
+
+    Raises ValueError, by the field's name, on what this model cannot do.
+    """
     _check_settings(request, model)
     _check_pictures(request, model)
     level = request.strength if request.task == "image_to_image" else None
     if request.task == "denoise":
         level = _noise_level(request, model)
-    origin = _origin(request, model).to(dtype)
+    picture, mask = (each if each is None else each.to(device, dtype) for each in (request.picture, request.mask))
+    request = replace(request, picture=picture, mask=mask)
+    origin = _origin(request, model).to(device, dtype)
     if request.task == "image_to_image" and level == 0:
         return Job(request, None, origin, 0.0)
     plan = _plan(request.sampler, model, request.task, request.inpainting, level)

@@ -229,6 +229,32 @@ def test_a_request_that_breaks_fails_alone():
     assert len(engine.run(requests[:1])) == 1, "the engine goes on"
 
 
+def test_a_tick_that_raises_loses_nothing():
+    class Flaky(Sum):
+        """Runs out of memory once."""
+
+        def __call__(self, x, sigma, label):
+            out = super().__call__(x, sigma, label)
+            if len(self.batches) == 2:
+                raise RuntimeError("out of memory")
+            return out
+
+    engine, steps = Engine(Flaky(), (2, 4)), SamplerConfig(steps=3)
+    requests = [Request(1, sampler=steps, label=0), Request(2, "image_to_image", picture=picture(1), strength=0.0)]
+    expected = Engine(Sum(), (2, 4)).run(requests)
+    engine.submit(requests[0])
+    engine.tick()
+    engine.submit(requests[1])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.tick()
+    ends = []
+    while not engine.idle:
+        ends += engine.tick()
+    made = {end.ticket: end.picture for end in ends}
+    assert torch.equal(made[1], expected[0])
+    assert torch.equal(made[2], expected[1])
+
+
 def test_cancelling_frees_the_lanes_at_the_next_tick():
     denoiser = Sum()
     engine = Engine(denoiser, (1, 2, 4))
