@@ -39,10 +39,10 @@ def steered(
     Song et al. 2023 (PiGDM) put one number in place of W·Jᵀ·W. Here z is the one with the least residual among `solves`
     directions and the last row's answer: generalised conjugate residuals (Eisenstat et al. 1983), which never move
     away from the known region even where a network's Jacobian is no covariance. `pull` [B, C, H, W] is z/sigma², which
-    hardly changes from row to row (zeros before the first row). Costs solves + 1 products. Pixels that are partly
-    known count by their share.
+    hardly changes from row to row (zeros before the first row). Costs solves + 1 products. A pixel that is partly known
+    steers as a known one does; how much of it is mixed in is decided at the end.
     """
-    share, variance = 1 - known.mask, (sigma**2)[:, None, None, None]
+    share, variance = (known.mask < 1).to(denoised), (sigma**2)[:, None, None, None]
     z, move = torch.zeros_like(denoised), torch.zeros_like(denoised)
     residual = share * (known.picture - denoised)
     direction = variance * pull

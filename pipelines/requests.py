@@ -33,6 +33,7 @@ class ImageRequest(SampleOptions):
     inpainting: InpaintingName = Field(
         "posterior", description="posterior steers by the network's Jacobian, replacement writes the known region in"
     )
+    solves: int = Field(2, ge=1, le=50, description="iterations of posterior guidance a step; more for smooth pictures")
     resample: int = Field(1, ge=1, le=100, description="how often inpainting walks every five rows (RePaint)")
     noise_level: float | None = Field(
         None, description="sigma of the noise in a picture to denoise, in [-1, 1] units; default: estimated"
@@ -75,7 +76,7 @@ def core_request(request: ImageRequest, model: ModelConfig) -> Request:
             guidance_rescale=request.guidance_rescale,
             picture=picture,
             mask=_mask(request, model) if request.task == "inpaint" and picture is not None else None,
-            inpainting=Inpainting(request.inpainting, times=request.resample),
+            inpainting=Inpainting(request.inpainting, request.solves, times=request.resample),
             noise_level=request.noise_level,
             strength=request.strength,
             parent=request.parent,

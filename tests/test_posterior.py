@@ -207,7 +207,7 @@ def solved(matrix, solves, mask, pull=None):
     pull = torch.zeros_like(denoised) if pull is None else pull
     out, pull = steered(denoised, product, torch.tensor([2.0, 0.5], dtype=torch.float64), known, pull, solves)
     variance = torch.tensor([4.0, 0.25], dtype=torch.float64).view(2, 1, 1, 1)
-    share = 1 - known.mask
+    share = (known.mask < 1).double()
     reached = denoised + ((share * variance * pull).flatten(1) @ matrix).view_as(denoised)
     residual = (share * (picture - reached)).flatten(1).norm(dim=1)
     assert len(calls) == solves + 1
@@ -242,6 +242,15 @@ def test_the_pull_of_the_row_before_is_a_start_that_needs_no_more():
 def test_with_nothing_known_the_picture_is_only_denoised():
     out, _, _, denoised, _ = solved(random_system(2, symmetric=True), 2, torch.ones(1, 1, 2, 2, dtype=torch.float64))
     assert torch.equal(out, denoised)
+
+
+def test_a_pixel_that_is_partly_known_steers_as_a_known_one_and_is_mixed_at_the_end():
+    picture = torch.tensor([SEEN, 0.0], dtype=torch.float64).view(1, 1, 2)
+    hard, soft = (torch.tensor([share, 1.0], dtype=torch.float64).view(1, 1, 2) for share in (0.0, 0.5))
+    known = walk(two_pixels, SamplerConfig(), known_region(picture, hard, 200))
+    mixed = walk(two_pixels, SamplerConfig(), known_region(picture, soft, 200))
+    assert torch.allclose(mixed[..., 1], known[..., 1], rtol=0, atol=1e-3)
+    assert torch.allclose(mixed[..., 0], known[..., 0], rtol=0, atol=1e-3)
 
 
 def test_default_inpainting_is_posterior_guidance():
