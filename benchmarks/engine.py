@@ -26,10 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from diffusion_core.config import PRESETS, ModelConfig, SamplerConfig
 from diffusion_core.denoiser import Denoiser, guidance, guided
-from diffusion_core.engine import Engine, agreeing_widths, measure_lanes
+from diffusion_core.engine import Engine
 from diffusion_core.samplers import make_plan, model_grid, sample, start_noise
 from diffusion_core.tasks import Request
 from diffusion_core.unet import UNet
+from diffusion_core.widths import agreeing_widths, measure_lanes
 
 LENGTHS = (10, 20, 50)
 LANES = 32

@@ -10,9 +10,10 @@ from PIL import Image
 from pydantic import ValidationError
 
 from diffusion_core.config import Task
-from diffusion_core.engine import Engine, measure_lanes
+from diffusion_core.engine import Engine
 from diffusion_core.noise import derive_seeds
 from diffusion_core.tasks import Request
+from diffusion_core.widths import measure_lanes
 from pipelines.config import PipelineError
 from pipelines.images import Pixels, to_bytes
 from pipelines.model import Model, load_model

@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 
 from diffusion_core.config import PRESETS, Inpainting, ModelConfig, SamplerConfig
 from diffusion_core.denoiser import Denoiser, guidance, guided
-from diffusion_core.engine import Engine, agreeing_widths, measure_lanes
+from diffusion_core.engine import Engine
 from diffusion_core.inpainting import KnownRegion, repaint_plan
 from diffusion_core.samplers import make_plan, model_grid, sample, start_noise
 from diffusion_core.tasks import Request
 from diffusion_core.unet import UNet
+from diffusion_core.widths import agreeing_widths, measure_lanes
 
 SHAPE = (3, 8, 8)
 MODEL = ModelConfig(dataclasses.replace(PRESETS["tiny"], classes=3), class_names=("a", "b", "c"))
