@@ -147,7 +147,8 @@ def _edits(config: EvaluateConfig, dataset: Dataset, paint: Painter) -> tuple[di
             ]
         )
     )
-    known = {"task": "denoise", "noise_level": config.noise_level, "steps": 1}
+    # one step without guidance is the posterior mean
+    known = {"task": "denoise", "noise_level": config.noise_level, "steps": 1, "guidance_scale": 1.0}
     denoised = np.stack(
         paint(
             [

@@ -57,6 +57,7 @@ class DenoiseForm(ImageOptions):
         None, description="sigma of the noise, for pictures in [-1, 1]; default: estimated"
     )
     steps: int = Field(1, ge=1, le=1000, description="1 gives the mean of all answers, more steps a sharper one")
+    guidance_scale: float = Field(1.0, ge=0.0, le=20.0, description="classifier-free guidance; 1 is off")
 
 
 class Model:

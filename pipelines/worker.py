@@ -127,8 +127,11 @@ class Worker:
 
         `image` is the picture to edit. To inpaint, the transparent pixels of `mask` are repainted (default: the
         image's own). `noise_level` (estimated where absent), `strength`, `parent` and further options are those of
-        `ImageRequest`. Raises RequestError by the name of what does not fit.
+        `ImageRequest`; to denoise, guidance is off unless it is asked for. Raises RequestError by the name of what does
+        not fit.
         """
+        if task == "denoise":
+            options = {"guidance_scale": 1.0, **options}
         files = {"image": image, "mask": mask}
         given = {name: _png(picture) for name, picture in files.items() if picture is not None}
         return Image.fromarray(self.paint([_request(prompt, seed, {"task": task, **given, **options})])[0])

@@ -142,7 +142,8 @@ def test_edits_from_python_are_those_of_the_same_requests(worker):
     original = Image.fromarray(picture(5))
     cases = [
         ("inpaint", {"mask": Image.open(io.BytesIO(mask(BOX)))}, {"mask": mask(BOX)}),
-        ("denoise", {"noise_level": 0.3}, {"noise_level": 0.3}),
+        ("denoise", {"noise_level": 0.3}, {"noise_level": 0.3, "guidance_scale": 1.0}),
+        ("denoise", {"guidance_scale": 2.0}, {"guidance_scale": 2.0}),
         ("image_to_image", {"strength": 0.6}, {"strength": 0.6}),
     ]
     for task, options, fields in cases:
