@@ -71,20 +71,62 @@ class DrawConfig(DrawOptions, Place):
     """Draw cartoon heads and write them as WebDataset tar shards."""
 
 
+Fit = Literal["crop", "pad", "stretch"]
+Encoding = Literal["raw", "png", "webp", "jpeg"]
+_RAW_UP_TO = 64
+
+
 class IngestOptions(Settings):
     """What pictures to take in."""
 
     source: Annotated[list[Uri], How()] = Field(
-        min_length=1, description="folder, picture, tar or glob of them, on disk or s3://; give the flag again for more"
+        min_length=1,
+        description="folder, picture, .tar (.gz, .zst), .parquet, .jsonl or .csv, or a glob of them, on disk or s3://; "
+        "give the flag again for more",
     )
     resolution: int = Field(32, ge=8, le=1024, description="height and width of the dataset in pixels")
+    fit: Fit = Field("crop", description="how a picture becomes a square: crop the middle, pad, or stretch")
+    background: str = Field("white", description="colour behind transparent and padded pictures")
     heldout: float = Field(0.1, ge=0.0, lt=1.0, description="share of the pictures kept out of training")
-    class_field: str = Field("class", description="key of the class name in a tar member's JSON")
-    caption_field: str = Field("caption", description="key of the caption in a tar member's JSON")
-    background: str = Field("white", description="colour behind transparent pictures")
+    labels: Literal["optional", "required", "ignored"] = Field(
+        "optional", description="whether a picture without a class is kept, or rejected; or classes are left out"
+    )
+    min_per_class: int = Field(1, ge=1, description="pictures of classes with fewer are rejected")
+    class_field: str = Field("class", description="field of the class name in a tar member's JSON, Parquet or a table")
+    caption_field: str = Field("caption", description="field of the caption, likewise")
+    image_field: str = Field("image", description="column of the picture in Parquet")
+    uri_field: str = Field("uri", description="column of the picture's address in a .jsonl or .csv table")
     min_side: int = Field(8, ge=1, description="pictures with a shorter side are rejected")
     max_pixels: int = Field(64_000_000, ge=1, description="pictures with more pixels are rejected")
+    near_duplicates: int = Field(
+        0, ge=0, le=7, description="drop pictures whose perceptual hashes differ in fewer bits of 64; 0 keeps them all"
+    )
+    encoding: Literal["auto", "raw", "png", "webp", "jpeg"] = Field(
+        "auto", description=f"how pixels are stored; auto is raw up to {_RAW_UP_TO} pixels a side and png above"
+    )
     shard_size: int = Field(1024, ge=1, description="rows in a Parquet shard")
+    max_rejected: Annotated[str | None, How()] = Field(
+        None, pattern=r"^\d+(\.\d+)?%?$", description="publish nothing where more are rejected: a count, or 1%"
+    )
+    extend: Annotated[bool, How()] = Field(
+        True, description="build on an earlier dataset whose sources are all still there, and read only the new ones"
+    )
+    readers: Annotated[int, How()] = Field(0, ge=0, description="shards read at a time; 0 is two a core")
+
+    @field_validator("background")
+    @classmethod
+    def _known_colour(cls, value: str) -> str:
+        from PIL import ImageColor
+
+        ImageColor.getrgb(value)
+        return value
+
+    @property
+    def stored_as(self) -> Encoding:
+        """The encoding that `auto` stands for."""
+        if self.encoding != "auto":
+            return self.encoding
+        return "raw" if self.resolution <= _RAW_UP_TO else "png"
 
 
 class IngestConfig(IngestOptions, Place):

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipelines import storage
 from pipelines.config import PipelineError
-from pipelines.images import Pixels, from_png
+from pipelines.images import Pixels, stored
 
 SCHEMA = pa.schema(
     [
@@ -23,11 +24,15 @@ SCHEMA = pa.schema(
         ("caption", pa.string()),
         ("digest", pa.string()),
         ("source", pa.string()),
+        ("hash", pa.uint64()),
+        ("colours", pa.binary()),
     ]
 )
-ROW_GROUP = 256
-_WINDOW = 1024
-_CACHED_GROUPS = 64
+# A window holds four row groups: enough to mix, few enough to keep in memory for every stream.
+_GROUPS_IN_WINDOW = 4
+_SHARDS_OPEN = 8
+_WINDOWS_AHEAD = 2
+_WINDOWS_IN_RUN = 512
 
 
 class Rows(NamedTuple):
@@ -65,16 +70,33 @@ class Dataset:
         """Standard deviation of the training pictures in [-1, 1]."""
         return float(self.manifest["sigma_data"])
 
+    @property
+    def row_group(self) -> int:
+        """Rows in every row group of a shard but its last."""
+        return int(self.manifest["row_group"])
+
+    def place(self, shard: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """The folder that a shard of the manifest lies in (an earlier dataset's, or this one's), and the shard."""
+        folder = self.uri.rsplit("/", 1)[0]
+        return (storage.join(folder, shard["folder"]) if "folder" in shard else self.uri), shard
+
+    def shards_seen_from_beside(self) -> dict[str, list[dict[str, Any]]]:
+        """The shards as the manifest of another dataset in the same folder points at them."""
+        return {
+            split: [{"folder": self.digest, **shard} for shard in shards]
+            for split, shards in self.manifest["shards"].items()
+        }
+
     def row_groups(self, split: str) -> list["RowGroup"]:
         """The row groups of a split in storage order. Raises PipelineError on an unknown split."""
         if split not in self.manifest["shards"]:
             raise PipelineError(f"{self.uri}: no split {split!r}; there are {', '.join(self.manifest['shards'])}")
         groups: list[RowGroup] = []
         first = 0
-        for shard in self.manifest["shards"][split]:
-            for number, start in enumerate(range(0, shard["rows"], ROW_GROUP)):
-                rows = min(ROW_GROUP, shard["rows"] - start)
-                groups.append(RowGroup(shard["name"], number, first, rows))
+        for place, shard in enumerate(self.manifest["shards"][split]):
+            for number, start in enumerate(range(0, shard["rows"], self.row_group)):
+                rows = min(self.row_group, shard["rows"] - start)
+                groups.append(RowGroup(place, number, first, rows))
                 first += rows
         return groups
 
@@ -84,9 +106,10 @@ class Dataset:
 
     def read_group(self, split: str, group: "RowGroup") -> Rows:
         """Decode one row group. Raises StorageError where the shard is not what the manifest promised."""
-        shard = next(item for item in self.manifest["shards"][split] if item["name"] == group.shard)
-        table = _open_shard(self.uri, shard["name"], shard["sha256"]).read_row_group(group.number, ["image", "class"])
-        pixels = np.stack([from_png(item["bytes"]) for item in table["image"].to_pylist()])
+        folder, shard = self.place(self.manifest["shards"][split][group.shard])
+        table = _read_row_group(folder, shard["name"], shard["sha256"], group.number)
+        images = table["image"].combine_chunks().field("bytes").to_pylist()
+        pixels = np.stack([stored(data, self.manifest["encoding"], self.resolution) for data in images])
         index = {name: label for label, name in enumerate(self.class_names)}
         labels = np.array([index.get(name, -1) for name in table["class"].to_pylist()], dtype=np.int64)
         return Rows(pixels, labels, np.arange(group.first, group.first + group.rows, dtype=np.int64))
@@ -105,9 +128,9 @@ class Dataset:
 
 
 class RowGroup(NamedTuple):
-    """A row group: its shard's name, its number there, the split's row number of its first row, its rows."""
+    """A row group: its shard's place in the manifest, its number there, the row number of its first row, its rows."""
 
-    shard: str
+    shard: int
     number: int
     first: int
     rows: int
@@ -119,10 +142,29 @@ def open_dataset(uri: str) -> Dataset:
     return Dataset(uri, storage.read_manifest(uri, "dataset"))
 
 
-@functools.lru_cache(maxsize=8)
-def _open_shard(uri: str, name: str, sha256: str) -> pq.ParquetFile:
-    """A shard in memory, its checksum verified."""
-    return pq.ParquetFile(io.BytesIO(storage.read_part(uri, {"name": name, "sha256": sha256})))
+def _read_row_group(folder: str, name: str, sha256: str, number: int) -> pa.Table:
+    """One row group of a shard whose checksum this process has verified, once."""
+    key = (folder, name, sha256)
+    if key not in _verified:
+        data = storage.read_part(folder, {"name": name, "sha256": sha256})
+        _verified.add(key)
+        _keep_open(key, pq.ParquetFile(io.BytesIO(data)))
+    if key in _open:
+        _open.move_to_end(key)
+        return _open[key].read_row_group(number, ["image", "class"])
+    # Verified before and let go since: only the row group's own bytes are fetched again.
+    with storage.open_random(storage.join(folder, name)) as file:
+        return pq.ParquetFile(file).read_row_group(number, ["image", "class"])
+
+
+def _keep_open(key: tuple[str, str, str], file: pq.ParquetFile) -> None:
+    _open[key] = file
+    while len(_open) > _SHARDS_OPEN:
+        _open.popitem(last=False)
+
+
+_verified: set[tuple[str, str, str]] = set()
+_open: OrderedDict[tuple[str, str, str], pq.ParquetFile] = OrderedDict()
 
 
 @dataclass(frozen=True)
@@ -155,81 +197,154 @@ class SampleStream:
                 f"global batch of {self.global_batch_size}; lower global_batch_size or add pictures"
             )
 
-    @property
+    @functools.cached_property
+    def groups(self) -> tuple["RowGroup", ...]:
+        """The split's row groups in storage order."""
+        return tuple(self.dataset.row_groups(self.split))
+
+    @functools.cached_property
     def batches_per_epoch(self) -> int:
         """Global batches in an epoch."""
-        return self.dataset.rows(self.split) // self.global_batch_size
+        return sum(group.rows for group in self.groups) // self.global_batch_size
+
+    @property
+    def window(self) -> int:
+        """Rows in a window, which a key of its own permutes; the last of an epoch may have fewer."""
+        return _GROUPS_IN_WINDOW * self.dataset.row_group
+
+    @property
+    def share(self) -> int:
+        """Rows of one stream in a global batch."""
+        return self.global_batch_size // self.streams
+
+    @property
+    def own(self) -> range:
+        """The streams that this rank reads."""
+        return range(self.rank, self.streams, self.world)
+
+    def places(self) -> NDArray[np.int64]:
+        """Places in the global batch of this rank's share, in the order of its rows; the same in every batch."""
+        return np.concatenate([np.arange(s * self.share, (s + 1) * self.share) for s in self.own])
 
     def indices(self, batch: int) -> NDArray[np.int64]:
         """Row numbers of this rank's share of the global batch number `batch`, counted from the start of training."""
         epoch, k = divmod(batch, self.batches_per_epoch)
-        share = self.global_batch_size // self.streams
-        own = range(self.rank, self.streams, self.world)
-        return np.concatenate([self._stretch(epoch, s)[k * share : (k + 1) * share] for s in own])
+        start, stop = k * self.share, (k + 1) * self.share
+        parts = []
+        for stream in self.own:
+            first, last = start // self.window, (stop - 1) // self.window
+            rows = np.concatenate([self.window_rows(Window(epoch, stream, n)) for n in range(first, last + 1)])
+            parts.append(rows[start - first * self.window : stop - first * self.window])
+        return np.concatenate(parts)
 
-    def places(self) -> NDArray[np.int64]:
-        """Places in the global batch of this rank's share, in the order of `indices`; the same in every batch."""
-        share = self.global_batch_size // self.streams
-        return np.concatenate(
-            [np.arange(s * share, (s + 1) * share) for s in range(self.rank, self.streams, self.world)]
-        )
+    def batches(self, first: int, last: int | None = None, ahead: bool = False) -> Iterator[Rows]:
+        """The rank's share of the global batches from `first` up to `last`, without reading what was before.
 
-    def batches(self, first: int) -> Iterator[Rows]:
-        """The rank's share of global batch `first`, first + 1, …, without end and without reading what was before."""
-        reader = _RowReader(self.dataset, self.split)
-        batch = first
-        while True:
-            yield reader.read(self.indices(batch))
-            batch += 1
+        Without `last` they have no end. With `ahead`, Ray Data reads and decodes the windows to come in other
+        processes, in order; else they are read here. The batches are the same.
+        """
+        windows = self._read_ahead(first, last) if ahead else map(self.read_window, self._windows(first, last))
+        skip = first % self.batches_per_epoch * self.share % self.window
+        waiting: list[Rows] = []
+        for _ in range(first, last) if last is not None else itertools.count():
+            while not waiting or len(waiting[0].ids) < self.share:
+                # All streams are at the same place, so their next windows are needed together.
+                fresh = [_cut(next(windows), skip, None) for _ in self.own]
+                waiting = [_joined(pair) for pair in zip(waiting, fresh, strict=True)] if waiting else fresh
+                skip = 0
+            yield _joined([_cut(rows, 0, self.share) for rows in waiting])
+            waiting = [_cut(rows, self.share, None) for rows in waiting]
 
-    def _stretch(self, epoch: int, stream: int) -> NDArray[np.int64]:
-        """Row numbers of one stream in one epoch, in reading order."""
-        return _stretch(
-            tuple(self.dataset.row_groups(self.split)), self.seed, epoch, self.streams, stream,
-            self.batches_per_epoch * self.global_batch_size // self.streams,
-        )  # fmt: skip
+    def window_rows(self, window: "Window") -> NDArray[np.int64]:
+        """Row numbers of a window, in reading order."""
+        epoch, stream, number = window
+        order, ends = _epoch_order(self.groups, self.seed, epoch)
+        total, length = int(ends[-1]), self.batches_per_epoch * self.share
+        # The list is turned by a seeded amount, so that what falls off its end is not always from the same places.
+        turn = int(np.random.default_rng([self.seed, epoch, self.streams]).integers(total))
+        first, last = number * self.window, min((number + 1) * self.window, length)
+        place = (stream * length + np.arange(first, last) - turn) % total
+        at = np.searchsorted(ends, place, side="right")
+        firsts, sizes = (np.array([group[field] for group in self.groups])[order] for field in (2, 3))
+        rows = firsts[at] + place - (ends - sizes)[at]
+        return np.random.default_rng([self.seed, epoch, stream, number, 1]).permutation(rows)
 
-
-@functools.lru_cache(maxsize=64)
-def _stretch(
-    groups: tuple[RowGroup, ...], seed: int, epoch: int, streams: int, stream: int, length: int
-) -> NDArray[np.int64]:
-    """A stream's rows: its part of the epoch's list of row groups, permuted in windows by keys of their own."""
-    order = np.random.default_rng([seed, epoch]).permutation(len(groups))
-    rows = np.concatenate([np.arange(groups[g].first, groups[g].first + groups[g].rows) for g in order])
-    # The list is turned by a seeded amount, so that what falls off its end is not always from the same places.
-    turn = int(np.random.default_rng([seed, epoch, streams]).integers(len(rows)))
-    mine = np.roll(rows, turn)[stream * length : (stream + 1) * length]
-    windows = [mine[start : start + _WINDOW] for start in range(0, length, _WINDOW)]
-    return np.concatenate(
-        [np.random.default_rng([seed, epoch, stream, n, 1]).permutation(window) for n, window in enumerate(windows)]
-    )
-
-
-class _RowReader:
-    """Reads rows by number and keeps the row groups used last."""
-
-    def __init__(self, dataset: Dataset, split: str) -> None:
-        self.dataset, self.split = dataset, split
-        self.groups = dataset.row_groups(split)
-        self.firsts = np.array([group.first for group in self.groups])
-        self.cache: OrderedDict[int, Rows] = OrderedDict()
-
-    def read(self, indices: Sequence[int] | NDArray[np.int64]) -> Rows:
-        """The rows with these numbers, in this order."""
-        numbers = np.searchsorted(self.firsts, indices, side="right") - 1
-        picked = [(self._group(int(n)), int(i) - int(self.firsts[n])) for n, i in zip(numbers, indices, strict=True)]
+    def read_window(self, window: "Window") -> Rows:
+        """The pictures of a window, in reading order; every row group that it touches is read once."""
+        rows = self.window_rows(window)
+        firsts = np.array([group.first for group in self.groups])
+        numbers = np.searchsorted(firsts, rows, side="right") - 1
+        read = {n: self.dataset.read_group(self.split, self.groups[n]) for n in sorted(set(numbers.tolist()))}
+        picked = [(read[n], int(row) - int(firsts[n])) for n, row in zip(numbers.tolist(), rows, strict=True)]
         return Rows(
             np.stack([group.pixels[at] for group, at in picked]),
-            np.array([group.labels[at] for group, at in picked]),
-            np.asarray(indices, dtype=np.int64),
+            np.array([group.labels[at] for group, at in picked], dtype=np.int64),
+            rows,
         )
 
-    def _group(self, number: int) -> Rows:
-        """A row group, from the cache where it is there."""
-        if number not in self.cache:
-            self.cache[number] = self.dataset.read_group(self.split, self.groups[number])
-        self.cache.move_to_end(number)
-        while len(self.cache) > _CACHED_GROUPS:
-            self.cache.popitem(last=False)
-        return self.cache[number]
+    def _windows(self, first: int, last: int | None) -> Iterator["Window"]:
+        """The windows that the batches from `first` up to `last` need, in the order in which they need them."""
+        for epoch in itertools.count(first // self.batches_per_epoch):
+            begin = max(first - epoch * self.batches_per_epoch, 0)
+            end = self.batches_per_epoch if last is None else last - epoch * self.batches_per_epoch
+            if end <= 0:
+                return
+            stop = min(end, self.batches_per_epoch) * self.share
+            for number in range(begin * self.share // self.window, -(-stop // self.window)):
+                yield from (Window(epoch, stream, number) for stream in self.own)
+
+    def _read_ahead(self, first: int, last: int | None) -> Iterator[Rows]:
+        """The windows read by Ray Data, a task each, a bounded number of them ahead of their use."""
+        import ray.data
+
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = True
+        windows = self._windows(first, last)
+        while some := list(itertools.islice(windows, _WINDOWS_IN_RUN)):
+            specs = ray.data.from_items([window._asdict() for window in some], override_num_blocks=len(some))
+            # Reading takes part of a core that a training process holds already: it must not wait for one of its own.
+            blocks = specs.map_batches(
+                _read_window, batch_size=1, batch_format="numpy", fn_kwargs={"stream": self}, num_cpus=0,
+                compute=ray.data.TaskPoolStrategy(size=_WINDOWS_AHEAD),
+            ).iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=_WINDOWS_AHEAD)  # fmt: skip
+            yield from _whole(iter(blocks), [len(self.window_rows(window)) for window in some])
+
+
+class Window(NamedTuple):
+    """A stretch of one stream in one epoch that is read and permuted as one."""
+
+    epoch: int
+    stream: int
+    number: int
+
+
+def _read_window(batch: dict[str, NDArray[Any]], stream: SampleStream) -> dict[str, NDArray[Any]]:
+    window = Window(*(int(batch[name][0]) for name in Window._fields))
+    return stream.read_window(window)._asdict()
+
+
+def _whole(blocks: Iterator[dict[str, NDArray[Any]]], lengths: list[int]) -> Iterator[Rows]:
+    """Blocks as windows of these lengths: Ray Data cuts what is large."""
+    kept: list[Rows] = []
+    for length in lengths:
+        while sum(len(rows.ids) for rows in kept) < length:
+            kept.append(Rows(**next(blocks)))
+        rows = _joined(kept)
+        yield _cut(rows, 0, length)
+        kept = [_cut(rows, length, None)]
+
+
+def _cut(rows: Rows, start: int, stop: int | None) -> Rows:
+    return Rows(rows.pixels[start:stop], rows.labels[start:stop], rows.ids[start:stop])
+
+
+def _joined(parts: Sequence[Rows]) -> Rows:
+    return parts[0] if len(parts) == 1 else Rows(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_order(groups: tuple[RowGroup, ...], seed: int, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The order of the row groups in an epoch, and where each ends in the list of rows that they make."""
+    order = np.random.default_rng([seed, epoch]).permutation(len(groups))
+    return order, np.cumsum([groups[number].rows for number in order])

@@ -1,17 +1,45 @@
-"""Pictures: decode with limits, convert to RGB, resize, encode; floats in [-1, 1] inside, bytes outside."""
+"""Pictures as arrays: decode, convert, resize, encode. uint8 [H, W, 3] outside, float [3, H, W] in [-1, 1] inside."""
 
+import functools
 import io
+import re
+import struct
 import warnings
-from typing import Any
+import zlib
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageColor, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageColor, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from pipelines.config import PipelineError
+from pipelines.config import Encoding, Fit, PipelineError
 
 Pixels = NDArray[np.uint8]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+# Suffixes of pictures that are not taken: these are told of, while a README among the pictures is no loss.
+OTHER_SUFFIXES = (
+    ".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".ico", ".tga", ".eps", ".pdf", ".dng", ".cr2", ".nef",
+    ".arw", ".raw", ".exr", ".hdr", ".ppm", ".pgm", ".qoi",
+)  # fmt: skip
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+_OTHER_FORMATS = {
+    "HEIC or AVIF": rb".{4}ftyp", "JPEG XL": rb"\xff\x0a|.{4}JXL ", "JPEG 2000": rb".{4}jP  ", "PSD": rb"8BPS",
+    "SVG": rb"\s*(<\?xml[^>]*>)?\s*(<!--.*?-->|<!DOCTYPE[^>]*>)?\s*<svg", "PDF": rb"%PDF", "ICO": rb"\x00\x00\x01\x00",
+    "PPM": rb"P[1-6]\s", "QOI": rb"qoif", "OpenEXR": rb"v/1\x01",
+}  # fmt: skip
+_SAVED: dict[str, dict[str, Any]] = {
+    "png": {"format": "PNG"},
+    "webp": {"format": "WEBP", "quality": 90},
+    "jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0},
+}
+_DRAFT_GAP = 4
+_SIXTEEN_BITS = 65_535
+# What Pillow's decoders raise on damaged files, by its source and by trying.
+_DECODER_ERRORS = (
+    OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError, RuntimeError,
+    struct.error, zlib.error,
+)  # fmt: skip
 
 
 class ImageError(PipelineError):
@@ -22,18 +50,46 @@ class ImageError(PipelineError):
         self.reason = reason
 
 
-def decode(data: bytes, max_pixels: int, background: str = "white", min_side: int = 1) -> Image.Image:
-    """Bytes of a picture file -> RGB, upright, transparency laid over `background`.
+class Picture(NamedTuple):
+    """A decoded picture: RGB and upright; its format and colour mode as found; what was odd about it, or nothing."""
 
-    Raises ImageError where the bytes are no picture, are cut short, or lie outside the limits.
+    image: Image.Image
+    kind: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a picture may be: pixels at most and bytes at most (before decoding), and the shorter side at least."""
+
+    max_pixels: int
+    min_side: int = 1
+    max_bytes: int = 256 * 2**20
+
+
+def decode(data: bytes, limits: Limits, background: str = "white", resolution: int | None = None) -> Picture:
+    """Bytes of a picture file -> RGB, upright, in sRGB, laid over `background` where it is transparent.
+
+    Of several frames the first is taken. Where the `resolution` to come is given, a JPEG of many times that size is
+    decoded at a half, a quarter or an eighth of it, which is never less than four times the resolution. Raises
+    ImageError where the bytes are no picture, are damaged or cut short, or lie outside the limits.
     """
+    if len(data) > limits.max_bytes:
+        raise ImageError("too_large", f"{len(data)} bytes are more than {limits.max_bytes}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of sizes; the limits here decide
-            image = Image.open(io.BytesIO(data))
-            _check_size(image, max_pixels, min_side)
-            return _to_rgb(ImageOps.exif_transpose(image), background)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            image = _open(data, limits)
+            kind = f"{image.format} {image.mode}"
+            if resolution is not None and image.format in ("JPEG", "MPO"):
+                image.draft(image.mode, (resolution * _DRAFT_GAP, resolution * _DRAFT_GAP))
+            rgb, note = _to_rgb(ImageOps.exif_transpose(image), background)
+            return Picture(rgb, kind, note)
+    except Image.DecompressionBombError as error:
+        raise ImageError("too_large", f"more than {limits.max_pixels} pixels ({error})") from error
+    except UnidentifiedImageError as error:
+        raise _unidentified(data) from error
+    except _DECODER_ERRORS as error:
         raise ImageError("undecodable", str(error) or type(error).__name__) from error
 
 
@@ -43,11 +99,36 @@ def decode_alpha(data: bytes) -> Pixels:
         return np.asarray(ImageOps.exif_transpose(image).convert("RGBA").getchannel("A"), dtype=np.uint8)
 
 
-def fit(image: Image.Image, resolution: int) -> Pixels:
-    """Resize the short side to `resolution` (Lanczos) and crop the middle: uint8 [H, W, 3]."""
-    if image.size != (resolution, resolution):
-        image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
+def fit(image: Image.Image, resolution: int, how: Fit = "crop", background: str = "white") -> Pixels:
+    """Resize to a square (Lanczos, antialiased): uint8 [H, W, 3].
+
+    `crop` fills it and loses what sticks out, `pad` shows all on the background, `stretch` changes the proportions.
+    """
+    size = (resolution, resolution)
+    if image.size != size:
+        if how == "crop":
+            image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+        elif how == "pad":
+            image = ImageOps.pad(image, size, Image.Resampling.LANCZOS, color=background)
+        else:
+            image = image.resize(size, Image.Resampling.LANCZOS)
     return np.asarray(image, dtype=np.uint8)
+
+
+def encode(pixels: Pixels, encoding: Encoding) -> bytes:
+    """uint8 [H, W, 3] as it is stored in a dataset: without any metadata."""
+    if encoding == "raw":
+        return pixels.tobytes()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, **_SAVED[encoding])
+    return buffer.getvalue()
+
+
+def stored(data: bytes, encoding: Encoding, resolution: int) -> Pixels:
+    """Inverse of `encode`: uint8 [H, W, 3]."""
+    if encoding == "raw":
+        return np.frombuffer(data, dtype=np.uint8).reshape(resolution, resolution, 3)
+    return from_png(data)
 
 
 def to_png(pixels: Pixels, metadata: dict[str, str] | None = None) -> bytes:
@@ -61,7 +142,7 @@ def to_png(pixels: Pixels, metadata: dict[str, str] | None = None) -> bytes:
 
 
 def from_png(data: bytes) -> Pixels:
-    """PNG bytes that this project wrote -> uint8 [H, W, 3]."""
+    """Bytes of a picture file that this project wrote -> uint8 [H, W, 3]."""
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(image.convert("RGB"), dtype=np.uint8)
 
@@ -77,21 +158,76 @@ def to_bytes(floats: NDArray[Any]) -> Pixels:
     return np.ascontiguousarray(np.moveaxis(np.clip(scaled, 0, 255).astype(np.uint8), -3, -1))
 
 
-def _check_size(image: Image.Image, max_pixels: int, min_side: int) -> None:
-    """Refuse by the header alone, before anything is decoded."""
+def _open(data: bytes, limits: Limits) -> Image.Image:
+    """The picture with its header read and checked, its pixels still packed."""
+    image = Image.open(io.BytesIO(data), formats=_FORMATS)
     width, height = image.size
-    if width * height > max_pixels:
-        raise ImageError("too_large", f"{width}x{height} has more than {max_pixels} pixels")
-    if min(width, height) < min_side:
-        raise ImageError("too_small", f"{width}x{height} has a side under {min_side} pixels")
+    if width * height > limits.max_pixels:
+        raise ImageError("too_large", f"{width}x{height} has more than {limits.max_pixels} pixels")
+    if min(width, height) < limits.min_side:
+        raise ImageError("too_small", f"{width}x{height} has a side under {limits.min_side} pixels")
+    if image.format == "PNG":
+        image.verify()  # checks every chunk's CRC, which decoding alone does not
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    return image
 
 
-def _to_rgb(image: Image.Image, background: str) -> Image.Image:
-    """Lay transparency over the background; other modes are converted."""
-    if image.mode == "P" or "A" in image.getbands() or "transparency" in image.info:
+def _unidentified(data: bytes) -> ImageError:
+    """Why bytes that no decoder took are no picture: a format that is not taken, or none at all."""
+    for name, pattern in _OTHER_FORMATS.items():
+        if re.match(pattern, data, re.DOTALL):
+            return ImageError("unsupported", f"{name}; convert it to one of {', '.join(_FORMATS)}")
+    return ImageError("undecodable", f"no known picture format in {len(data)} bytes" if data else "empty, 0 bytes")
+
+
+def _to_rgb(image: Image.Image, background: str) -> tuple[Image.Image, str]:
+    """RGB in sRGB with transparency laid over the background, and a note where something was passed over."""
+    profile = image.info.get("icc_profile", b"")
+    image, alpha = _split_alpha(_to_eight_bits(image))
+    image, note = _to_srgb(image, profile) if profile else (image.convert("RGB"), "")
+    if alpha is None or alpha.getextrema() == (255, 255):
+        return image, note
+    canvas = Image.new("RGB", image.size, ImageColor.getrgb(background)[:3])
+    # Through Pillow's own compositing, whose rounding is that of RGBA pictures.
+    image.putalpha(alpha)
+    return Image.alpha_composite(canvas.convert("RGBA"), image).convert("RGB"), note
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit grey; other modes as they are. Raises ImageError on modes without a known range."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min(initial=0) < 0 or values.max(initial=0) > _SIXTEEN_BITS:
+            raise ImageError("unsupported", f"mode {image.mode} with values over 16 bits")
+        return Image.fromarray(np.rint(values / 257).astype(np.uint8))
+    if image.mode in ("F", "LAB"):
+        raise ImageError("unsupported", f"mode {image.mode}")
+    return image
+
+
+def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """The colours and the opacity, None where there is no transparency; palettes become colours."""
+    if image.mode == "P" or "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        grey = image.mode in ("L", "LA", "La")
         image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, ImageColor.getrgb(background))
-        image = Image.alpha_composite(canvas, image)
-    if image.mode.startswith("I") or image.mode == "F":
-        raise ImageError("unsupported", f"mode {image.mode} (more than 8 bits a channel)")
-    return image.convert("RGB")
+        alpha = image.getchannel("A")
+        return (image.getchannel("R") if grey else image.convert("RGB")), alpha
+    return (image.convert("L") if image.mode == "1" else image), None
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, str]:
+    """The picture's colours by its ICC profile in sRGB; a profile that does not fit the picture is noted."""
+    try:
+        transform = _transform(profile, image.mode)
+        return (image.convert("RGB") if transform is None else ImageCms.applyTransform(image, transform)), ""  # type: ignore[return-value]
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image.convert("RGB"), "colour profile unusable, taken as sRGB"
+
+
+@functools.lru_cache(maxsize=32)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Colour transform from a profile to sRGB; None where it is sRGB already."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    if "sRGB" in ImageCms.getProfileDescription(source):
+        return None
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")

@@ -41,7 +41,7 @@ def publish_model(
         _part(folder, "README.md", _card(config, lineage, curve).encode()),
     ]
     manifest = {"kind": "model", "schema": 1, "code": __version__, "parts": parts, "lineage": lineage}
-    if not storage.publish(folder, manifest):
+    if storage.publish(folder, manifest) == "other":
         raise PipelineError(f"{folder}: another run published other weights under this name; use another name or store")
 
 

@@ -46,6 +46,10 @@ class Progress:
             self.printed = now
             self.emit(self.line(now, figures, scale, unit or self.unit))
 
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.started
+
     def line(self, now: float, figures: str, scale: int, unit: str) -> str:
         """The line to print at the time `now` (seconds, monotonic)."""
         rate = (self.done - self.first) / max(now - self.started, 1e-9)

@@ -9,7 +9,7 @@ from torch import Tensor
 from diffusion_core.config import Inpainting, InpaintingName, ModelConfig, Task
 from diffusion_core.tasks import Request, prepare
 from pipelines.config import PipelineError, SampleOptions
-from pipelines.images import decode, decode_alpha, fit, to_floats
+from pipelines.images import Limits, decode, decode_alpha, fit, to_floats
 
 _MAX_PIXELS = 16_000_000
 
@@ -111,7 +111,7 @@ def _open(field: str, data: bytes, model: ModelConfig) -> Image.Image:
     """A picture of the model's size. Raises RequestError by the field's name."""
     size = model.unet.resolution
     try:
-        image = decode(data, _MAX_PIXELS)
+        image = decode(data, Limits(_MAX_PIXELS)).image
     except PipelineError as error:
         raise RequestError(field, str(error)) from error
     if image.size != (size, size):

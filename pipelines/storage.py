@@ -1,17 +1,23 @@
 """Objects by URI, on local disk or S3: atomic writes, create-if-absent, listing. The same calls serve both."""
 
 import contextlib
+import errno
+import functools
 import glob as globbing
 import hashlib
 import json
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, Literal, TypeVar
 
+import aiohttp
 import botocore.exceptions
 import fsspec
+import tenacity
 from fsspec import AbstractFileSystem
 
 from pipelines.config import PipelineError, absolute
@@ -20,10 +26,32 @@ MANIFEST = "manifest.json"
 # What S3 answers to a create-if-absent write: there is an object, or another writer is at it.
 _EXISTS = ("PreconditionFailed", "ConditionalRequestConflict")
 _GLOB = ("*", "?", "[")
+# Full jitter around 0.2, 0.4, 0.8 … 8 s: half a minute in the mean, then the run stops and can be resumed.
+_TRIES = 10
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 8.0
+_THROTTLED = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded")
+_TRANSIENT_ERRNO = (errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.ECONNRESET)
+_PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+_BLOCK_BYTES = 16 * 2**20
+_CLIENT = {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 30}
+_T = TypeVar("_T")
+Creation = Literal["created", "same", "other"]
 
 
 class StorageError(PipelineError):
     """An object that cannot be read or written, by its URI and the reason."""
+
+
+class NotFoundError(StorageError):
+    """There is no object at this URI."""
+
+
+class _TakenError(StorageError):
+    """There is an object already where one was to be created."""
+
+
+class _DamagedError(OSError):
+    """Bytes that arrived are not those that were sent."""
 
 
 @dataclass(frozen=True)
@@ -50,18 +78,23 @@ def join(uri: str, *parts: str) -> str:
 
 def exists(uri: str) -> bool:
     """Whether there is an object at `uri`."""
-    with _named(uri):
-        try:
-            return bool(_filesystem(uri).info(_path(uri))["type"] == "file")
-        except FileNotFoundError:
-            return False  # any other failure, such as refused access, is an error and no answer
+    try:
+        return bool(_retried(uri, lambda: _filesystem(uri).info(_path(uri)))["type"] == "file")
+    except NotFoundError:
+        return False  # any other failure, such as refused access, is an error and no answer
 
 
-def read_bytes(uri: str) -> bytes:
-    """The whole object. Raises StorageError where there is none or it cannot be read."""
-    with _named(uri):
-        data: bytes = _filesystem(uri).cat_file(_path(uri))
-        return data
+def read_bytes(uri: str, info: ObjectInfo | None = None) -> bytes:
+    """The whole object, its size and (where the store tells one) its MD5 verified; `info` spares a request.
+
+    Raises NotFoundError where there is none, StorageError where it cannot be read or is no longer what `info` says.
+    """
+    return _retried(uri, lambda: _read(uri, info or _stat(uri)))
+
+
+def read_ranges(uri: str, ranges: Sequence[tuple[int, int, int]]) -> list[bytes]:
+    """Parts of an object, each given as (offset, length, CRC-32) and verified. Raises StorageError as `read_bytes`."""
+    return _retried(uri, lambda: _read_ranges(uri, ranges))
 
 
 def read_json(uri: str) -> Any:
@@ -73,31 +106,53 @@ def read_json(uri: str) -> Any:
 
 
 @contextlib.contextmanager
-def open_read(uri: str) -> Iterator[IO[bytes]]:
-    """The object as a file to read from its start, in blocks. Raises StorageError as `read_bytes` does."""
+def local_copy(info: ObjectInfo) -> Iterator[str]:
+    """Path of a file on this machine's disk with the object's verified bytes, whatever its size.
+
+    A local object is its own copy; another is fetched block by block and removed afterwards. Raises StorageError.
+    """
+    if _is_local(info.uri):
+        yield info.uri
+        with _named(info.uri):
+            _check_unchanged(info)
+        return
+    with tempfile.TemporaryDirectory(prefix="object-") as folder:
+        path = os.path.join(folder, "copy")
+        _retried(info.uri, lambda: _fetch(info, path))
+        yield path
+
+
+@contextlib.contextmanager
+def open_random(uri: str) -> Iterator[IO[bytes]]:
+    """The object as a file to seek in; only what is read is fetched. Raises StorageError as `read_bytes` does."""
     with _named(uri), _filesystem(uri).open(_path(uri), "rb", cache_type="readahead") as file:
         yield file
 
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write the object, replacing an older one; a reader sees the old bytes or the new, never a part."""
-    with _named(uri):
-        if not _is_local(uri):
-            _filesystem(uri).pipe_file(_path(uri), data)
-            return
-        with _temporary_beside(uri, data) as temporary:
-            os.replace(temporary, uri)
+    _retried(uri, lambda: _write(uri, data))
 
 
-def create_bytes(uri: str, data: bytes) -> bool:
-    """Write the object unless there is one. True where it now holds `data`, False where another writer's bytes do."""
-    with _named(uri):
-        try:
-            _create(uri, data)
-            return True
-        except FileExistsError:
-            # A lost answer is retried by the client and then refused although the first try was written.
-            return read_bytes(uri) == data
+def create_bytes(uri: str, data: bytes) -> Creation:
+    """Write the object unless there is one: it was `created`, another writer's is the `same`, or it is an `other`.
+
+    After a lost answer the write is tried again and then refused although it was done: that is `created` as well.
+    """
+    tries = 0
+
+    def create() -> None:
+        nonlocal tries
+        tries += 1
+        _create(uri, data)
+
+    try:
+        _retried(uri, create)
+        return "created"
+    except _TakenError:
+        if read_bytes(uri) != data:
+            return "other"
+        return "created" if tries > 1 else "same"
 
 
 def to_json(value: Any) -> bytes:
@@ -105,8 +160,8 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def publish(folder: str, manifest: dict[str, Any]) -> bool:
-    """Make `folder` exist, by its manifest written last. False where another writer published other content first."""
+def publish(folder: str, manifest: dict[str, Any]) -> Creation:
+    """Make `folder` exist, by its manifest written last; what `create_bytes` says of it."""
     return create_bytes(join(folder, MANIFEST), to_json(manifest))
 
 
@@ -162,47 +217,171 @@ def list_objects(uri: str) -> list[ObjectInfo]:
 def list_if_any(uri: str) -> list[ObjectInfo]:
     """As `list_objects`, but empty where there is nothing."""
     uri = normalise(uri)
-    with _named(uri):
-        found = _glob(uri) if any(mark in uri for mark in _GLOB) else _find(uri)
+    found = _retried(uri, lambda: _glob(uri) if any(mark in uri for mark in _GLOB) else _find(uri))
     return sorted((_info(uri, details) for details in found), key=lambda item: item.uri)
 
 
 def list_folders(uri: str) -> list[str]:
     """Names of the folders directly below `uri`, sorted; empty where there is none."""
-    with _named(uri):
-        try:
-            below = _filesystem(uri).ls(_path(uri), detail=True)
-        except FileNotFoundError:
-            return []
+    try:
+        below = _retried(uri, lambda: _filesystem(uri).ls(_path(uri), detail=True))
+    except NotFoundError:
+        return []
     return sorted(item["name"].rstrip("/").rsplit("/", 1)[1] for item in below if item["type"] == "directory")
 
 
 def modified(uri: str) -> float:
     """When the object was last written, in seconds since 1970."""
-    with _named(uri):
-        return float(_filesystem(uri).modified(_path(uri)).timestamp())
+    return float(_retried(uri, lambda: _filesystem(uri).modified(_path(uri))).timestamp())
 
 
 def remove_folder(uri: str) -> None:
     """Delete a folder, its manifest first, so that nobody takes the rest for whole."""
-    with _named(uri), contextlib.suppress(FileNotFoundError):
-        _filesystem(uri).rm_file(_path(join(uri, MANIFEST)))
-    with _named(uri), contextlib.suppress(FileNotFoundError):
-        _filesystem(uri).rm(_path(uri), recursive=True)
+    with contextlib.suppress(NotFoundError):
+        _retried(uri, lambda: _filesystem(uri).rm_file(_path(join(uri, MANIFEST))))
+    with contextlib.suppress(NotFoundError):
+        _retried(uri, lambda: _filesystem(uri).rm(_path(uri), recursive=True))
+
+
+def _retried(uri: str, call: Callable[[], _T]) -> _T:
+    """What `call` returns; transient faults are tried again with backoff and jitter, then named as a StorageError."""
+    tries = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_is_transient),
+        wait=tenacity.wait_random_exponential(_FIRST_WAIT_S, _LONGEST_WAIT_S),
+        stop=tenacity.stop_after_attempt(_TRIES),
+        reraise=True,
+    )
+    with _named(uri):
+        return tries(call)
+
+
+def _is_transient(error: BaseException) -> bool:
+    """Whether the same call may succeed a little later: a busy or broken way to the store, not an answer of it."""
+    if isinstance(error, (PipelineError, *_PERMANENT)):
+        return False
+    answer = getattr(error.__cause__, "response", None) or getattr(error, "response", None)
+    if isinstance(answer, dict):
+        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status >= 500 or status in (408, 429) or answer.get("Error", {}).get("Code") in _THROTTLED
+    if isinstance(error, (botocore.exceptions.HTTPClientError, botocore.parsers.ResponseParserError)):
+        return True
+    if isinstance(error, (_DamagedError, ConnectionError, TimeoutError, aiohttp.ClientError)):
+        return True
+    return isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO
+
+
+def _read(uri: str, info: ObjectInfo) -> bytes:
+    data: bytes = b""
+    if _is_local(uri):
+        with open(uri, "rb") as file:
+            data = file.read()
+    elif info.size:
+        data = _filesystem(uri).cat_file(_path(uri), start=0, end=info.size)
+    _check(info, len(data), lambda: hashlib.md5(data).hexdigest())
+    return data
+
+
+def _read_ranges(uri: str, ranges: Sequence[tuple[int, int, int]]) -> list[bytes]:
+    if _is_local(uri):
+        parts = []
+        with open(uri, "rb") as file:
+            for offset, length, _ in ranges:
+                file.seek(offset)
+                parts.append(file.read(length))
+    else:
+        starts, ends = [offset for offset, _, _ in ranges], [offset + length for offset, length, _ in ranges]
+        parts = _filesystem(uri).cat_ranges([_path(uri)] * len(ranges), starts, ends, on_error="raise")
+    for part, (offset, length, checksum) in zip(parts, ranges, strict=True):
+        if len(part) != length or zlib.crc32(part) != checksum:
+            raise _DamagedError(f"bytes {offset} to {offset + length} are not those that were written")
+    return parts
+
+
+def _fetch(info: ObjectInfo, path: str) -> None:
+    """Write the object's bytes to a local file, block by block; a block that fails is fetched again by itself."""
+    md5 = hashlib.md5()
+    with open(path, "wb") as file:
+        for start in range(0, info.size, _BLOCK_BYTES):
+            end = min(start + _BLOCK_BYTES, info.size)
+            block = _retried(info.uri, functools.partial(_block, info.uri, start, end))
+            md5.update(block)
+            file.write(block)
+    _check(info, info.size, md5.hexdigest)
+
+
+def _block(uri: str, start: int, end: int) -> bytes:
+    data: bytes = _filesystem(uri).cat_file(_path(uri), start=start, end=end)
+    if len(data) != end - start:
+        raise _DamagedError(f"bytes {start} to {end}: {len(data)} arrived")
+    return data
+
+
+def _check(info: ObjectInfo, size: int, md5: Callable[[], str]) -> None:
+    """Compare what was read with what was listed. The ETag of most S3 objects written in one piece is their MD5."""
+    if _is_local(info.uri):
+        _check_unchanged(info)
+        return
+    if size != info.size:
+        raise _DamagedError(f"{size} bytes arrived, {info.size} expected")
+    if re.fullmatch("[0-9a-f]{32}", info.version) and md5() != info.version:
+        _explain_mismatch(info)
+
+
+def _check_unchanged(info: ObjectInfo) -> None:
+    if _stat(info.uri) != info:
+        raise StorageError(f"{info.uri}: changed since it was listed; run again to take it as it is now")
+
+
+def _explain_mismatch(info: ObjectInfo) -> None:
+    """Raise where the bytes were damaged or the object has changed; an encrypted object's ETag is no MD5."""
+    _check_unchanged(info)
+    bucket, _, key = _path(info.uri).partition("/")
+    head = _filesystem(info.uri).call_s3("head_object", Bucket=bucket, Key=key)
+    if not (str(head.get("ServerSideEncryption", "")).startswith("aws:kms") or "SSECustomerAlgorithm" in head):
+        raise _DamagedError(f"MD5 of what arrived is not {info.version[:8]}… as the store says")
+
+
+def _stat(uri: str) -> ObjectInfo:
+    details = _filesystem(uri).info(_path(uri))
+    if details["type"] != "file":
+        raise FileNotFoundError(uri)
+    return _info(uri, details)
+
+
+def stat(uri: str) -> ObjectInfo:
+    """What is known of the object at `uri`. Raises NotFoundError where there is none."""
+    return _retried(uri, lambda: _stat(uri))
+
+
+def _write(uri: str, data: bytes) -> None:
+    if _is_local(uri):
+        with _temporary_beside(uri, data) as temporary:
+            os.replace(temporary, uri)
+        return
+    _check_written(uri, data, _filesystem(uri).pipe_file(_path(uri), data))
+
+
+def _check_written(uri: str, data: bytes, answer: Any) -> None:
+    """Compare the ETag that the store answers a write with."""
+    etag = str((answer or {}).get("ETag", "")).strip('"')
+    info = ObjectInfo(uri, len(data), etag)
+    _check(info, len(data), lambda: hashlib.md5(data).hexdigest())
 
 
 def _create(uri: str, data: bytes) -> None:
-    """Write a new object whole. Raises FileExistsError where there is one."""
-    if _is_local(uri):
-        with _temporary_beside(uri, data) as temporary:
-            os.link(temporary, uri)
-        return
+    """Write a new object whole. Raises _TakenError where there is one."""
     try:
-        _filesystem(uri).pipe_file(_path(uri), data, mode="create")
+        if _is_local(uri):
+            with _temporary_beside(uri, data) as temporary:
+                os.link(temporary, uri)
+        else:
+            _check_written(uri, data, _filesystem(uri).pipe_file(_path(uri), data, mode="create"))
+    except FileExistsError as error:
+        raise _TakenError(uri) from error
     except OSError as error:
         answer = getattr(error.__cause__, "response", {})
         if answer.get("Error", {}).get("Code") in _EXISTS:
-            raise FileExistsError(uri) from error
+            raise _TakenError(uri) from error
         raise
 
 
@@ -218,7 +397,9 @@ def _filesystem(uri: str) -> AbstractFileSystem:
     """The filesystem of a URI; endpoint and credentials come from the usual environment of S3 clients."""
     if _is_local(uri):
         return fsspec.filesystem("file")
-    return fsspec.filesystem("s3", use_listings_cache=False)
+    filesystem = fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=_CLIENT)
+    filesystem.retries = 1  # `_retried` alone decides how often
+    return filesystem
 
 
 def _glob(uri: str) -> list[dict[str, Any]]:
@@ -277,11 +458,11 @@ def _named(uri: str) -> Iterator[None]:
     except PipelineError:
         raise
     except FileNotFoundError as error:
-        raise StorageError(f"{uri}: not found; check the address (bucket, folder, spelling)") from error
+        raise NotFoundError(f"{uri}: not found; check the address (bucket, folder, spelling)") from error
     except PermissionError as error:
         raise StorageError(f"{uri}: access refused; check the credentials and what they may do there") from error
     except botocore.exceptions.NoCredentialsError as error:
         raise StorageError(f"{uri}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
-    except (OSError, botocore.exceptions.BotoCoreError) as error:
+    except (OSError, botocore.exceptions.BotoCoreError, aiohttp.ClientError) as error:
         reason = getattr(error, "strerror", None) or str(error) or repr(error)
         raise StorageError(f"{uri}: {type(error).__name__}: {reason.splitlines()[0]}") from error

@@ -130,13 +130,17 @@ def _loop(arguments: dict[str, Any]) -> None:
     def emit(line: str) -> None:
         board.post.remote(line)
 
-    train_on_rank(config, context.get_world_rank(), context.get_world_size(), device, emit)
+    train_on_rank(config, context.get_world_rank(), context.get_world_size(), device, emit, read_ahead=True)
 
 
 def train_on_rank(
-    config: TrainConfig, rank: int, world: int, device: torch.device, emit: Callable[[str], None] = print_line
-) -> None:
-    """The whole training as one rank of `world` sees it; a process group exists where world > 1."""
+    config: TrainConfig, rank: int, world: int, device: torch.device, emit: Callable[[str], None] = print_line,
+    read_ahead: bool = False,
+) -> None:  # fmt: skip
+    """The whole training as one rank of `world` sees it; a process group exists where world > 1.
+
+    With `read_ahead` Ray Data reads the pictures in other processes; needs a connection to Ray.
+    """
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     dataset, settings = open_dataset(config.dataset), optimisation(config)
@@ -146,7 +150,8 @@ def train_on_rank(
     stream = SampleStream(dataset, "train", config.seed, config.global_batch_size, config.streams, rank, world)
     progress = Progress("train", config.steps, "steps", done=state.step, emit=emit)
     losses: list[float] = []
-    batches, place = stream.batches(state.step), torch.from_numpy(stream.places()).to(device)
+    batches = stream.batches(state.step, config.steps, ahead=read_ahead)
+    place = torch.from_numpy(stream.places()).to(device)
     classes = len(dataset.class_names)
     while state.step < config.steps:
         batch = Batch(*_tensors(next(batches), device, config, state.step, classes), place)

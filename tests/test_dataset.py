@@ -11,7 +11,7 @@ from pipelines.dataset import Dataset, SampleStream, open_dataset
 def dataset(*shards):
     """A dataset's manifest with shards of these numbers of rows; enough for everything but pixels."""
     entries = [{"name": f"shard-{number}", "rows": rows, "sha256": ""} for number, rows in enumerate(shards)]
-    return Dataset("/store/datasets/x/abc", {"shards": {"train": entries}, "classes": {}})
+    return Dataset("/store/datasets/x/abc", {"shards": {"train": entries}, "classes": {}, "row_group": 256})
 
 
 def stream(data, batch=8, streams=4, rank=0, world=1, seed=0):

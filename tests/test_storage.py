@@ -30,9 +30,9 @@ def test_the_version_of_an_object_changes_with_its_content(store):
 
 
 def test_create_never_changes_what_is_there(store):
-    assert storage.create_bytes(f"{store}/manifest", b"first")
-    assert not storage.create_bytes(f"{store}/manifest", b"second")
-    assert storage.create_bytes(f"{store}/manifest", b"first"), "writing the same again is no conflict"
+    assert storage.create_bytes(f"{store}/manifest", b"first") == "created"
+    assert storage.create_bytes(f"{store}/manifest", b"second") == "other"
+    assert storage.create_bytes(f"{store}/manifest", b"first") == "same"
     assert storage.read_bytes(f"{store}/manifest") == b"first"
 
 
@@ -47,7 +47,7 @@ def test_of_many_that_create_at_once_one_wins(store):
         thread.start()
     for thread in threads:
         thread.join()
-    winners = [writer for writer, won in outcomes.items() if won]
+    winners = [writer for writer, outcome in outcomes.items() if outcome == "created"]
     assert len(outcomes) == 8
     assert [storage.read_bytes(f"{store}/race").decode()] == winners
 
@@ -55,7 +55,7 @@ def test_of_many_that_create_at_once_one_wins(store):
 def test_a_folder_exists_once_its_manifest_does_and_not_after_it_is_removed(store):
     part = storage.put_part(f"{store}/thing", "part-0", ".bin", b"payload")
     assert not storage.is_published(f"{store}/thing")
-    assert storage.publish(f"{store}/thing", {"kind": "thing", "parts": [part]})
+    assert storage.publish(f"{store}/thing", {"kind": "thing", "parts": [part]}) == "created"
     assert storage.read_manifest(f"{store}/thing", "thing")["parts"] == [part]
     assert storage.read_part(f"{store}/thing", part) == b"payload"
     storage.remove_folder(f"{store}/thing")

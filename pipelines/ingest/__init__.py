@@ -1,0 +1,5 @@
+"""The ingest stage: pictures from folders, shards and tables become a verified, immutable dataset."""
+
+from pipelines.ingest.stage import find, run
+
+__all__ = ["find", "run"]

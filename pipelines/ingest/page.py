@@ -1,0 +1,108 @@
+"""What a person looks at before training: a contact sheet per class, and the page dataset.html."""
+
+import base64
+import io
+from importlib import resources
+from typing import Any
+
+import jinja2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from pipelines import storage
+from pipelines.dataset import Dataset
+from pipelines.images import from_png, stored, to_png
+from pipelines.ingest.plan import shown_per_class
+from pipelines.ingest.shards import pictures
+from pipelines.ingest.units import to_parquet
+from pipelines.report import grid
+
+_THUMBNAIL = 64
+_COLUMNS = 12
+_SHEETS = 100
+_REASONS = {
+    "undecodable": "the bytes are no picture, are damaged or cut short",
+    "too_small": "a side is shorter than --min-side",
+    "too_large": "more pixels than --max-pixels, or over 256 MB of bytes",
+    "unsupported": "a format, colour mode or address that is not taken",
+    "missing_label": "no class, and --labels required",
+    "missing_object": "a table names an object that is not there",
+    "bad_row": "a table's row or a sample's JSON cannot be read",
+    "no_picture": "a sample without a picture",
+    "truncated_shard": "the shard breaks off",
+    "damaged_shard": "this part of a Parquet file cannot be read",
+    "rare_class": "its class has fewer pictures than --min-per-class",
+}
+_THUMBNAILS = pa.schema([("class", pa.string()), ("digest", pa.string()), ("png", pa.binary())])
+
+
+def add_pages(
+    manifest: dict[str, Any], uri: str, staging: str, shown: dict[str, list[dict[str, Any]]], parent: Dataset | None
+) -> dict[str, Any]:
+    """Write contact sheets and page; the manifest with them."""
+    thumbnails = _thumbnails(manifest, staging, shown, parent)
+    part = storage.put_part(uri, "contact/thumbnails", ".parquet", to_parquet(thumbnails, compression="none"))
+    largest = sorted(manifest["classes"], key=lambda name: (-manifest["classes"][name], name))[:_SHEETS]
+    sheets = {}
+    for number, name in enumerate([*largest, ""]):
+        pngs = thumbnails.filter(pa.array([row == name for row in thumbnails["class"].to_pylist()], pa.bool_()))["png"]
+        if len(pngs):
+            picture = to_png(grid(np.stack([from_png(png) for png in pngs.to_pylist()]), _COLUMNS))
+            sheets[name] = (storage.put_part(uri, f"contact/class-{number:03}", ".png", picture), picture)
+    manifest = {**manifest, "thumbnails": part, "contact": {name: sheet for name, (sheet, _) in sheets.items()}}
+    html = _page(manifest, uri, {name: png for name, (_, png) in sheets.items()})
+    storage.write_bytes(storage.join(uri, "dataset.html"), html.encode())
+    return manifest
+
+
+def _thumbnails(
+    manifest: dict[str, Any], staging: str, shown: dict[str, list[dict[str, Any]]], parent: Dataset | None
+) -> pa.Table:
+    """Small copies of the pictures with the smallest digests of every class: a fair sample that adding keeps fair."""
+    rows = [row for name in sorted(shown) for row in shown[name]]
+    images = pictures(staging, pa.Table.from_pylist(rows)) if rows else []
+    made = [
+        {"class": row["class"], "digest": row["digest"], "png": _small(data, manifest)}
+        for row, data in zip(rows, images, strict=True)
+    ]
+    if parent:
+        data = storage.read_part(parent.uri, parent.manifest["thumbnails"])
+        made += pq.read_table(io.BytesIO(data)).to_pylist()
+    most = shown_per_class(len(manifest["classes"]))
+    kept: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(made, key=lambda row: (row["class"], row["digest"])):
+        if len(kept.setdefault(row["class"], [])) < most:
+            kept[row["class"]].append(row)
+    return pa.Table.from_pylist([row for name in sorted(kept) for row in kept[name]], schema=_THUMBNAILS)
+
+
+def _small(data: bytes, manifest: dict[str, Any]) -> bytes:
+    pixels = stored(data, manifest["encoding"], manifest["resolution"])
+    if len(pixels) > _THUMBNAIL:
+        small = Image.fromarray(pixels).resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
+        pixels = np.asarray(small, dtype=np.uint8)
+    return to_png(pixels)
+
+
+def _page(manifest: dict[str, Any], uri: str, sheets: dict[str, bytes]) -> str:
+    text = resources.files("pipelines").joinpath("dataset.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"size": _size, "count": lambda number: f"{number:,}"}
+    rows = {split: sum(shard["rows"] for shard in shards) for split, shards in manifest["shards"].items()}
+    data = {name: "data:image/png;base64," + base64.b64encode(png).decode() for name, png in sheets.items()}
+    stored_bytes = sum(shard["bytes"] for shards in manifest["shards"].values() for shard in shards)
+    return environment.from_string(text).render(
+        **manifest, uri=uri, rows=rows, sheets=data, explained=_REASONS, stored_bytes=stored_bytes,
+        digest=uri.rsplit("/", 1)[1], largest=max(manifest["classes"].values(), default=1),
+    )  # fmt: skip
+
+
+def _size(size: float) -> str:
+    """Bytes in the unit that reads best."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
