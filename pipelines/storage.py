@@ -16,6 +16,7 @@ from typing import IO, Any, Literal, TypeVar
 
 import aiohttp
 import botocore.exceptions
+import botocore.parsers
 import fsspec
 import tenacity
 from fsspec import AbstractFileSystem
@@ -31,6 +32,11 @@ _TRIES = 10
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 8.0
 _THROTTLED = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded")
 _TRANSIENT_ERRNO = (errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.ECONNRESET)
+_BROKEN_WAY = (
+    botocore.exceptions.HTTPClientError,
+    botocore.exceptions.ConnectionError,
+    botocore.parsers.ResponseParserError,
+)
 _PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _BLOCK_BYTES = 16 * 2**20
 _CLIENT = {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 30}
@@ -263,7 +269,7 @@ def _is_transient(error: BaseException) -> bool:
     if isinstance(answer, dict):
         status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return status >= 500 or status in (408, 429) or answer.get("Error", {}).get("Code") in _THROTTLED
-    if isinstance(error, (botocore.exceptions.HTTPClientError, botocore.parsers.ResponseParserError)):
+    if isinstance(error, _BROKEN_WAY):
         return True
     if isinstance(error, (_DamagedError, ConnectionError, TimeoutError, aiohttp.ClientError)):
         return True

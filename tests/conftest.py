@@ -1,7 +1,10 @@
+import json
 import os
 import signal
 import socket
 import subprocess
+import sys
+import urllib.request
 import uuid
 from pathlib import Path
 
@@ -66,6 +69,37 @@ def s3_endpoint(s3_environment):
     if s3_environment is None:
         pytest.skip("no S3 endpoint: run `make setup`, which installs it into .venv-s3")
     return s3_environment
+
+
+class FaultProxy:
+    """A proxy before the S3 endpoint that does to requests what its rules say."""
+
+    def __init__(self, port):
+        self.url = f"http://127.0.0.1:{port}"
+
+    def rules(self, *rules):
+        """Take these rules instead of any before; each is a dict with match, kind, times …"""
+        self._ask(json.dumps(rules).encode())
+
+    def done(self):
+        """The faults done since, as [request, kind]."""
+        return self._ask(None)["log"]
+
+    def _ask(self, data):
+        with urllib.request.urlopen(f"{self.url}/__faults", data=data, timeout=10) as answer:
+            return json.load(answer)
+
+
+@pytest.fixture(scope="session")
+def fault_proxy(s3_endpoint):
+    """A fault-injecting proxy before the S3 endpoint."""
+    upstream, port = s3_endpoint["AWS_ENDPOINT_URL"].rsplit(":", 1)[1], four_free_ports()
+    command = [sys.executable, str(ROOT / "tests/support/faultproxy.py"), str(port), upstream]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("ready"), "the fault proxy did not start"
+        yield FaultProxy(port)
+        process.terminate()
 
 
 @pytest.fixture

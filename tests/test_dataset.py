@@ -1,7 +1,9 @@
-from collections import Counter
+import itertools
+from collections import Counter, OrderedDict
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipelines import storage
 from pipelines.config import PipelineError
@@ -12,6 +14,68 @@ def dataset(*shards):
     """A dataset's manifest with shards of these numbers of rows; enough for everything but pixels."""
     entries = [{"name": f"shard-{number}", "rows": rows, "sha256": ""} for number, rows in enumerate(shards)]
     return Dataset("/store/datasets/x/abc", {"shards": {"train": entries}, "classes": {}, "row_group": 256})
+
+
+@pytest.fixture(scope="module", params=[40, 700], ids=["one row group", "several shards"])
+def numbered(request, tmp_path_factory, ray_session):
+    """A dataset whose pictures carry a number of their own in their first pixel, with that many pictures."""
+    from pipelines import ingest
+    from pipelines.config import IngestConfig
+
+    folder = tmp_path_factory.mktemp("numbered")
+    for number in range(request.param):
+        pixels = np.zeros((8, 8, 3), dtype=np.uint8)
+        pixels[0, 0] = (*divmod(number, 256), 9)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    config = IngestConfig(store=str(folder), source=[str(folder)], resolution=8, heldout=0.0, shard_size=300)
+    return open_dataset(ingest.run(config).uri), request.param
+
+
+def numbers(rows):
+    return (rows.pixels[:, 0, 0, 0].astype(int) * 256 + rows.pixels[:, 0, 0, 1]).tolist()
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["read here", "read ahead by Ray Data"])
+def test_recount_of_two_epochs_over_ranks_with_stops_in_the_middle(numbered, ahead):
+    """Every picture at most once an epoch, all but the remainder once, the same batches on 1, 2 and 4 ranks."""
+    data, total = numbered
+    per_epoch = total // 8
+    whole = [sorted(numbers(rows)) for rows in stream(data).batches(0, 2 * per_epoch)]
+    assert len(whole) == 2 * per_epoch
+    for epoch in range(2):
+        seen = Counter(number for batch in whole[epoch * per_epoch : (epoch + 1) * per_epoch] for number in batch)
+        assert set(seen.values()) == {1}
+        assert len(seen) == per_epoch * 8
+    stops = [0, 3, per_epoch - 1, per_epoch + 1, 2 * per_epoch]
+    for world in (2,) if ahead else (1, 2, 4):
+        batches = [[] for _ in whole]
+        for rank in range(world):
+            for first, last in itertools.pairwise(stops):
+                for batch, rows in enumerate(stream(data, rank=rank, world=world).batches(first, last, ahead), first):
+                    batches[batch] += numbers(rows)
+        assert [sorted(batch) for batch in batches] == whole
+
+
+def test_a_shard_is_verified_once_and_let_go_of_it_is_read_in_part(numbered, monkeypatch):
+    data, total = numbered
+    monkeypatch.setattr("pipelines.dataset._verified", set())
+    monkeypatch.setattr("pipelines.dataset._open", OrderedDict())
+    monkeypatch.setattr("pipelines.dataset._SHARDS_OPEN", 1)
+    read = []
+    part = storage.read_part
+    monkeypatch.setattr(storage, "read_part", lambda folder, shard: read.append(shard["name"]) or part(folder, shard))
+    batches = [numbers(rows) for rows in stream(data).batches(0, 3 * (total // 8))]
+    assert sorted(read) == sorted(shard["name"] for shard in data.manifest["shards"]["train"])
+    assert max(Counter(number for batch in batches for number in batch).values()) == 3
+
+
+def test_a_resumed_stream_reads_nothing_that_was_passed(numbered, monkeypatch):
+    data, total = numbered
+    windows = []
+    read = SampleStream.read_window
+    monkeypatch.setattr(SampleStream, "read_window", lambda self, window: windows.append(window) or read(self, window))
+    next(stream(data).batches(total // 8 - 1))
+    assert windows == [(0, number, (total // 8 - 1) * 2 // 1024) for number in range(4)]
 
 
 def stream(data, batch=8, streams=4, rank=0, world=1, seed=0):

@@ -1,8 +1,9 @@
 import io
+import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from pipelines import images
 
@@ -79,3 +80,85 @@ def test_png_keeps_every_byte_and_its_metadata():
 
 def test_opacity_is_full_where_there_is_none():
     assert (images.decode_alpha(encoded(Image.new("RGB", (3, 2)))) == 255).all()
+
+
+def test_sixteen_bit_grey_keeps_its_shades():
+    ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    for kind in ("PNG", "TIFF"):
+        image = images.decode(encoded(Image.fromarray(ramp), kind), LIMITS).image
+        assert np.array_equal(np.asarray(image)[..., 0].ravel(), np.arange(256))
+
+
+def test_a_palette_and_grey_with_transparency_show_the_background():
+    palette = Image.new("P", (8, 8), 3)
+    palette.putpalette([level for level in range(256) for _ in "rgb"])
+    for image in (Image.new("LA", (8, 8), (9, 0)), palette):
+        options = {"transparency": 3} if image.mode == "P" else {}
+        picture = images.decode(encoded(image, **options), LIMITS, "lime").image
+        assert picture.getpixel((0, 0)) == (0, 255, 0)
+
+
+def test_colour_profiles_are_brought_to_srgb():
+    """A profile with swapped primaries: what is stored as pure red is another colour; in sRGB nothing changes."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+    lab = ImageCms.createProfile("LAB")
+    image = Image.new("RGB", (8, 8), (200, 30, 90))
+    assert images.decode(encoded(image, icc_profile=srgb.tobytes()), LIMITS).image.getpixel((0, 0)) == (200, 30, 90)
+    picture = images.decode(encoded(image, icc_profile=ImageCms.ImageCmsProfile(lab).tobytes()), LIMITS)
+    assert picture.note == "colour profile unusable, taken as sRGB"
+    assert picture.image.getpixel((0, 0)) == (200, 30, 90)
+
+
+def gamma_profile(gamma):
+    """sRGB's profile with every channel's curve replaced by a power: the bytes of an ICC file."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
+    start = len(data)
+    data += curve
+    for at in range(struct.unpack(">I", data[128:132])[0]):
+        entry = 132 + 12 * at
+        if data[entry : entry + 4] in (b"rTRC", b"gTRC", b"bTRC"):
+            data[entry + 4 : entry + 12] = struct.pack(">II", start, len(curve))
+    data[0:4] = struct.pack(">I", len(data))
+    return bytes(data).replace("sRGB".encode("utf-16-be"), "gama".encode("utf-16-be"))
+
+
+def test_a_profile_with_another_gamma_is_converted_by_its_formula():
+    level = 128
+    picture = images.decode(encoded(Image.new("RGB", (8, 8), (level,) * 3), icc_profile=gamma_profile(1.0)), LIMITS)
+    linear = level / 255
+    expected = 255 * (1.055 * linear ** (1 / 2.4) - 0.055)
+    assert picture.note == ""
+    assert picture.image.getpixel((0, 0)) == pytest.approx((expected,) * 3, abs=1.5)
+
+
+def test_of_a_film_the_first_frame_is_taken():
+    frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue")]
+    film = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert images.decode(film, LIMITS).image.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_large_photograph_decoded_small_is_nearly_the_same():
+    size, limits = (1600, 1200), images.Limits(10**8)
+    smooth = Image.effect_noise((80, 60), 90).resize(size, Image.Resampling.BICUBIC)
+    photograph = encoded(
+        Image.merge("RGB", [smooth, smooth.transpose(Image.Transpose.FLIP_LEFT_RIGHT), smooth]), "JPEG"
+    )
+    small = images.decode(photograph, limits, resolution=32).image
+    assert small.size == (200, 150), "an eighth, and more than four times 32"
+    whole = images.fit(images.decode(photograph, limits).image, 32).astype(float)
+    error = np.square(images.fit(small, 32) - whole).mean()
+    assert 10 * np.log10(255**2 / error) > 40
+
+
+@pytest.mark.parametrize("how", ["crop", "pad", "stretch"])
+def test_resizing_is_antialiased(how):
+    """A fine checkerboard becomes grey, and not some of its own fields."""
+    board = Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)).convert("RGB")
+    assert np.abs(images.fit(board, 8, how).astype(int) - 127.5).max() < 3
+
+
+@pytest.mark.parametrize("encoding", ["raw", "png"])
+def test_stored_pixels_come_back(encoding):
+    pixels = np.random.default_rng(0).integers(256, size=(16, 16, 3), dtype=np.uint8)
+    assert np.array_equal(images.stored(images.encode(pixels, encoding), encoding, 16), pixels)

@@ -1,5 +1,7 @@
 import threading
+import zlib
 
+import numpy as np
 import pytest
 
 from pipelines import storage
@@ -103,3 +105,83 @@ def test_refused_access_is_an_error_and_never_an_absence(bucket, monkeypatch):
 def test_an_unknown_kind_of_address_is_refused():
     with pytest.raises(storage.StorageError, match="ftp://host/x: unknown kind of address"):
         storage.list_objects("ftp://host/x")
+
+
+# Faults on the way to the store
+
+
+@pytest.fixture
+def faulty(bucket, fault_proxy, monkeypatch):
+    """A bucket behind the fault proxy, with an object of 300 kB; waits are short."""
+    import s3fs
+
+    storage.write_bytes(f"{bucket}/object", DATA)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", fault_proxy.url)
+    monkeypatch.setattr(storage, "_FIRST_WAIT_S", 0.01)
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield bucket
+    fault_proxy.rules()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+DATA = np.random.default_rng(0).bytes(300_000)
+GET, PUT = "GET /test-[^/]+/.+", "PUT /test-[^/]+/.+"
+RULES = {
+    "503 burst": {"kind": "slowdown"},
+    "500": {"kind": "error500"},
+    "reset before the body": {"kind": "reset"},
+    "reset in the body": {"kind": "reset_body", "after": 70_000},
+    "truncated body": {"kind": "truncate", "after": 70_000},
+    "corrupted body": {"kind": "corrupt"},
+    "latency": {"kind": "latency", "ms": 150},
+}
+
+
+@pytest.mark.parametrize("fault", RULES)
+def test_what_is_read_through_faults_is_what_was_written(faulty, fault_proxy, fault):
+    rule = {"match": GET, "times": 2, **RULES[fault]}
+    fault_proxy.rules(rule)
+    assert storage.read_bytes(f"{faulty}/object") == DATA
+    fault_proxy.rules(rule)
+    ranges = [(at, 1000, zlib.crc32(DATA[at : at + 1000])) for at in (0, 150_000, 299_000)]
+    assert storage.read_ranges(f"{faulty}/object", ranges) == [DATA[at : at + n] for at, n, _ in ranges]
+    fault_proxy.rules(rule)
+    with storage.local_copy(storage.stat(f"{faulty}/object")) as path, open(path, "rb") as copy:
+        assert copy.read() == DATA
+    assert len(fault_proxy.done()) == (1 if fault == "latency" else 2), "the faults took place"
+
+
+@pytest.mark.parametrize("kind", ["slowdown", "error500", "reset", "reset_upload", "lost_response"])
+def test_what_is_written_through_faults_is_there_once(faulty, fault_proxy, kind):
+    fault_proxy.rules({"match": PUT, "times": 2, "kind": kind})
+    storage.write_bytes(f"{faulty}/new", DATA)
+    assert len(fault_proxy.done()) == 2
+    fault_proxy.rules({"match": PUT, "times": 2, "kind": kind})
+    assert storage.create_bytes(f"{faulty}/created", DATA) == "created"
+    assert storage.create_bytes(f"{faulty}/created", b"other") == "other"
+    fault_proxy.rules()
+    assert storage.read_bytes(f"{faulty}/new") == storage.read_bytes(f"{faulty}/created") == DATA
+
+
+@pytest.mark.parametrize("kind", ["slowdown", "reset", "truncate", "corrupt"])
+def test_when_retries_are_spent_the_object_is_named(faulty, fault_proxy, kind, monkeypatch):
+    monkeypatch.setattr(storage, "_TRIES", 3)
+    fault_proxy.rules({"match": GET, "kind": kind})
+    with pytest.raises(storage.StorageError, match=f"{faulty}/object: "):
+        storage.read_bytes(f"{faulty}/object")
+    assert len(fault_proxy.done()) >= 3
+
+
+def test_an_answer_of_the_store_is_not_asked_for_again(faulty, fault_proxy):
+    fault_proxy.rules({"match": ".*", "kind": "latency", "ms": 1})
+    with pytest.raises(storage.NotFoundError, match="nowhere: not found"):
+        storage.read_bytes(f"{faulty}/nowhere")
+    assert len([line for line, _ in fault_proxy.done() if "/nowhere" in line]) <= 1
+
+
+def test_an_object_that_changed_since_it_was_listed_is_named(store):
+    storage.write_bytes(f"{store}/x", b"old")
+    (listed,) = storage.list_objects(f"{store}/x")
+    storage.write_bytes(f"{store}/x", b"new")
+    with pytest.raises(storage.StorageError, match="changed since it was listed"):
+        storage.read_bytes(f"{store}/x", listed)

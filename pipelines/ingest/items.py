@@ -114,7 +114,7 @@ class _unpacked:  # noqa: N801
         path, error = os.path.join(self.folder.name, "shard.tar"), ""
         with open(path, "wb") as out, pa.CompressedInputStream(pa.OSFile(self.path), self.codec) as stream:
             try:
-                while block := stream.read(1 << 20):
+                while block := stream.read(_BLOCK):  # what a larger block held before a break would be lost
                     out.write(block)
             except OSError as raised:
                 error = f"{self.codec}: {raised}"

@@ -17,6 +17,7 @@ PARQUETS = (".parquet",)
 TABLES = (".jsonl", ".ndjson", ".csv", ".tsv")
 INDEXES = (".idx", "index.json")
 _PICTURES_IN_UNIT = 256
+_RESULTS = ("cartoons", "datasets", "models", "images", "evaluations")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def list_sources(config: IngestConfig) -> Listing:
     objects: dict[str, ObjectInfo] = {}
     explicit: set[str] = set()
     for source in config.source:
-        found = storage.list_objects(source)
+        found = [info for info in storage.list_objects(source) if not _is_result(config.store, source, info.uri)]
         if any(mark in source for mark in "*?[") or [info.uri for info in found] == [storage.normalise(source)]:
             explicit |= {info.uri for info in found}
         for info in found:
@@ -139,6 +140,12 @@ def _ends(uri: str, suffixes: tuple[str, ...]) -> bool:
 def _is_taken(uri: str, explicit: bool) -> bool:
     """Whether an object is read; a table among pictures is only read where it was named itself."""
     return _ends(uri, SUFFIXES + OTHER_SUFFIXES + TARS + PARQUETS) or (explicit and _ends(uri, TABLES))
+
+
+def _is_result(store: str, source: str, uri: str) -> bool:
+    """Whether an object is a result that the store keeps among the pictures; a result named itself is a source."""
+    folders = (f"{storage.join(store, name)}/" for name in _RESULTS)
+    return any(uri.startswith(folder) and not f"{source}/".startswith(folder) for folder in folders)
 
 
 def _root(source: str) -> str:
