@@ -98,7 +98,8 @@ def test_flags_named_in_the_text_exist():
     known = {"--help", "--flags", "--generate"}
     for kind in kinds:
         for name, field in kind.model_fields.items():
-            known.add("--" + name.replace("_", "-"))
+            flag = name.replace("_", "-")
+            known |= {f"--{flag}", f"--no-{flag}"} if field.annotation is bool else {f"--{flag}"}
             for inner in getattr(field.annotation, "model_fields", {}):
                 known.add(f"--{name}.{inner}".replace("_", "-"))
     for page in PAGES:
@@ -108,18 +109,20 @@ def test_flags_named_in_the_text_exist():
 
 def test_the_tree_in_the_readme_is_the_repository():
     block = next(text for text in blocks(ROOT / "README.md") if text.startswith("README.md"))
-    shown, folder = set(), ""
+    shown, folders = set(), []
     for line in block.splitlines():
-        name = line.split()[0]
-        if not line.startswith(" "):
-            folder = name if name.endswith("/") else ""
-            shown |= {word for word in re.split(r"  +", line)[:6] if not folder} if not folder else set()
-        elif folder:
-            shown.add(folder + name)
+        name, depth = line.split()[0], (len(line) - len(line.lstrip())) // 2
+        folders = folders[:depth]
+        if name.endswith("/"):
+            folders.append(name)
+        elif depth:
+            shown.add("".join(folders) + name)
+        else:
+            shown |= set(re.split(r"  +", line)[:6])
     shown = {name for name in shown if re.fullmatch(r"[\w./-]+", name)}
     for name in shown:
         assert (ROOT / name).exists(), f"{name} is in the README but not in the repository"
-    for package in ("diffusion_core", "pipelines"):
+    for package in ("diffusion_core", "pipelines", "pipelines/ingest"):
         files = {f"{package}/{path.name}" for path in (ROOT / package).iterdir() if path.suffix in (".py", ".j2")}
         assert files - shown == {f"{package}/__init__.py"}
 

@@ -78,7 +78,8 @@ def finish(process):
 
 
 def uri_of(output):
-    return output.strip().splitlines()[-1].rsplit(" ", 1)[-1]
+    """The last line but for what Ray tells of killed workers."""
+    return re.findall(r"^ingest: (\S+)$", output, flags=re.M)[-1]
 
 
 def records(store):
