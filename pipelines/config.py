@@ -111,7 +111,7 @@ class IngestOptions(Settings):
     extend: Annotated[bool, How()] = Field(
         True, description="build on an earlier dataset whose sources are all still there, and read only the new ones"
     )
-    readers: Annotated[int, How()] = Field(0, ge=0, description="shards read at a time; 0 is two a core")
+    readers: Annotated[int, How()] = Field(0, ge=0, description="shards read at a time; 0 is three for two cores")
 
     @field_validator("background")
     @classmethod

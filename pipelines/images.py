@@ -104,15 +104,27 @@ def fit(image: Image.Image, resolution: int, how: Fit = "crop", background: str 
 
     `crop` fills it and loses what sticks out, `pad` shows all on the background, `stretch` changes the proportions.
     """
-    size = (resolution, resolution)
-    if image.size != size:
-        if how == "crop":
-            image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
-        elif how == "pad":
-            image = ImageOps.pad(image, size, Image.Resampling.LANCZOS, color=background)
-        else:
-            image = image.resize(size, Image.Resampling.LANCZOS)
-    return np.asarray(image, dtype=np.uint8)
+    width, height = image.size
+    if (width, height) == (resolution, resolution):
+        return np.asarray(image, dtype=np.uint8)
+    if how == "pad":
+        scale = resolution / max(width, height)
+        inner = (max(1, round(width * scale)), max(1, round(height * scale)))
+        canvas = Image.new("RGB", (resolution, resolution), ImageColor.getrgb(background)[:3])
+        canvas.paste(_resized(image, inner), ((resolution - inner[0]) // 2, (resolution - inner[1]) // 2))
+        return np.asarray(canvas, dtype=np.uint8)
+    side = min(width, height)
+    left, top = ((width - side) / 2, (height - side) / 2) if how == "crop" else (0, 0)
+    return np.asarray(
+        _resized(image, (resolution, resolution), (left, top, width - left, height - top)), dtype=np.uint8
+    )
+
+
+def _resized(
+    image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
+) -> Image.Image:
+    """Lanczos; from many times the size by means of whole blocks first, down to three times (error: half a level)."""
+    return image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
 
 
 def encode(pixels: Pixels, encoding: Encoding) -> bytes:

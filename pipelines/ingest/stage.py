@@ -19,6 +19,7 @@ from pipelines.progress import Progress
 
 _FAULTS_TO_STOP = 8
 _RECORDS_AT_A_TIME = 32
+_TASKS_A_CORE = 1.5
 
 
 def find(config: IngestConfig) -> Outcome | None:
@@ -117,8 +118,9 @@ def _on_ray(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
-    # Reading waits for disk or network half of the time, so twice as many tasks as cores keep the cores busy.
-    cpus = 0.5 if not at_once else max(0.01, ray.cluster_resources().get("CPU", 1) / at_once)
+    # A task waits between its end and the next one's start, and for what it reads: more tasks than cores fill the gaps.
+    cores = ray.cluster_resources().get("CPU", 1)
+    cpus = max(0.01, cores / (at_once or _TASKS_A_CORE * cores))
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     yield from dataset.map(call, fn_kwargs=kwargs, num_cpus=cpus).iter_rows()
 
