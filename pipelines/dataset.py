@@ -30,7 +30,7 @@ SCHEMA = pa.schema(
 )
 # A window holds four row groups: enough to mix, few enough to keep in memory for every stream.
 _GROUPS_IN_WINDOW = 4
-_SHARDS_OPEN = 8
+_SHARDS_OPEN, _BYTES_OPEN = 8, 256 * 2**20
 _WINDOWS_AHEAD = 2
 _WINDOWS_IN_RUN = 512
 
@@ -148,23 +148,24 @@ def _read_row_group(folder: str, name: str, sha256: str, number: int) -> pa.Tabl
     if key not in _verified:
         data = storage.read_part(folder, {"name": name, "sha256": sha256})
         _verified.add(key)
-        _keep_open(key, pq.ParquetFile(io.BytesIO(data)))
+        _keep_open(key, data)
     if key in _open:
         _open.move_to_end(key)
-        return _open[key].read_row_group(number, ["image", "class"])
+        return _open[key][0].read_row_group(number, ["image", "class"])
     # Verified before and let go since: only the row group's own bytes are fetched again.
     with storage.open_random(storage.join(folder, name)) as file:
         return pq.ParquetFile(file).read_row_group(number, ["image", "class"])
 
 
-def _keep_open(key: tuple[str, str, str], file: pq.ParquetFile) -> None:
-    _open[key] = file
-    while len(_open) > _SHARDS_OPEN:
+def _keep_open(key: tuple[str, str, str], data: bytes) -> None:
+    """Keep a shard in memory, and let go of the longest unread ones where they are too many or too large."""
+    _open[key] = (pq.ParquetFile(io.BytesIO(data)), len(data))
+    while len(_open) > 1 and (len(_open) > _SHARDS_OPEN or sum(size for _, size in _open.values()) > _BYTES_OPEN):
         _open.popitem(last=False)
 
 
 _verified: set[tuple[str, str, str]] = set()
-_open: OrderedDict[tuple[str, str, str], pq.ParquetFile] = OrderedDict()
+_open: OrderedDict[tuple[str, str, str], tuple[pq.ParquetFile, int]] = OrderedDict()
 
 
 @dataclass(frozen=True)

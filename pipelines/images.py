@@ -79,12 +79,15 @@ def decode(data: bytes, limits: Limits, background: str = "white", resolution: i
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of sizes; the limits here decide
+            Image.MAX_IMAGE_PIXELS = limits.max_pixels  # checked by Pillow before it allocates
             image = _open(data, limits)
             kind = f"{image.format} {image.mode}"
             if resolution is not None and image.format in ("JPEG", "MPO"):
                 image.draft(image.mode, (resolution * _DRAFT_GAP, resolution * _DRAFT_GAP))
-            rgb, note = _to_rgb(ImageOps.exif_transpose(image), background)
-            return Picture(rgb, kind, note)
+            image.load()
+            image, turned = _upright(image)
+            rgb, note = _to_rgb(image, background)
+            return Picture(rgb, kind, "; ".join(filter(None, (turned, note))))
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", f"more than {limits.max_pixels} pixels ({error})") from error
     except UnidentifiedImageError as error:
@@ -96,7 +99,7 @@ def decode(data: bytes, limits: Limits, background: str = "white", resolution: i
 def decode_alpha(data: bytes) -> Pixels:
     """The opacity of a picture that `decode` accepted: uint8 [H, W], 255 everywhere where it has none."""
     with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGBA").getchannel("A"), dtype=np.uint8)
+        return np.asarray(_upright(image)[0].convert("RGBA").getchannel("A"), dtype=np.uint8)
 
 
 def fit(image: Image.Image, resolution: int, how: Fit = "crop", background: str = "white") -> Pixels:
@@ -182,6 +185,14 @@ def _open(data: bytes, limits: Limits) -> Image.Image:
         image.verify()  # checks every chunk's CRC, which decoding alone does not
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     return image
+
+
+def _upright(image: Image.Image) -> tuple[Image.Image, str]:
+    """The picture turned by its EXIF orientation, and a note where that cannot be read: its pixels may be whole."""
+    try:
+        return ImageOps.exif_transpose(image), ""
+    except _DECODER_ERRORS:
+        return image, "EXIF unreadable, taken as upright"
 
 
 def _unidentified(data: bytes) -> ImageError:

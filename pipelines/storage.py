@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any, Literal, TypeVar
@@ -38,6 +38,7 @@ _BROKEN_WAY = (
     botocore.exceptions.ConnectionError,
     botocore.parsers.ResponseParserError,
 )
+_NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
 _PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _BLOCK_BYTES = 16 * 2**20
 _GAP_BYTES = 64 * 2**10
@@ -236,8 +237,16 @@ def list_objects(uri: str) -> list[ObjectInfo]:
 def list_if_any(uri: str) -> list[ObjectInfo]:
     """As `list_objects`, but empty where there is nothing."""
     uri = normalise(uri)
-    found = _retried(uri, lambda: _glob(uri) if any(mark in uri for mark in _GLOB) else _find(uri))
+    pattern = is_pattern(uri)
+    found = _retried(uri, lambda: _glob(uri) if pattern else _find(uri))
     return sorted((_info(uri, details) for details in found), key=lambda item: item.uri)
+
+
+def is_pattern(uri: str) -> bool:
+    """Whether a URI is a glob: it has `*`, `?` or `[`, and there is nothing whose name it is letter by letter."""
+    if not any(mark in uri for mark in _GLOB):
+        return False
+    return not _retried(uri, lambda: _filesystem(uri).exists(_path(normalise(uri))))
 
 
 def list_folders(uri: str) -> list[str]:
@@ -434,12 +443,18 @@ def _filesystem(uri: str) -> AbstractFileSystem:
 
 def _glob(uri: str) -> list[dict[str, Any]]:
     if _is_local(uri):
-        return [_local_details(path) for path in globbing.glob(uri, recursive=True) if os.path.isfile(path)]
+        matches = globbing.glob(uri, recursive=True)
+        return _local_details({path for match in matches for path in (_paths_below(match) or [match])})
     matched: dict[str, dict[str, Any]] = _filesystem(uri).glob(_path(uri), detail=True)
+    folders = [] if "**" in uri else [item for item in matched.values() if item["type"] == "directory"]
+    for folder in folders:
+        matched |= _filesystem(uri).find(folder["name"], detail=True)
     return [item for item in matched.values() if item["type"] == "file"]
 
 
 def _find(uri: str) -> list[dict[str, Any]]:
+    if _is_local(uri):
+        return _local_details(_paths_below(uri) or [uri])
     filesystem = _filesystem(uri)
     try:
         details = filesystem.info(_path(uri))
@@ -451,8 +466,28 @@ def _find(uri: str) -> list[dict[str, Any]]:
     return [item for item in below.values() if item["type"] == "file"]
 
 
-def _local_details(path: str) -> dict[str, Any]:
-    return fsspec.filesystem("file").info(path)  # type: ignore[no-any-return]
+def _local_details(paths: Iterable[str]) -> list[dict[str, Any]]:
+    """What is known of files and of links that lead nowhere; folders, and what is gone meanwhile, are left out."""
+    found = []
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.isfile(path):
+                found.append(fsspec.filesystem("file").info(path))
+            elif os.path.islink(path) and not os.path.exists(path):
+                found.append({"name": path, "size": 0, "mtime": os.lstat(path).st_mtime})
+    return found
+
+
+def _paths_below(folder: str, above: frozenset[str] = frozenset()) -> list[str]:
+    """Everything but folders below a folder, through links as well, but not in circles; nothing below a file."""
+    above, paths = above | {os.path.realpath(folder)}, []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.is_dir():
+                paths.append(entry.path)
+            elif not entry.is_symlink() or os.path.realpath(entry.path) not in above:
+                paths += _paths_below(entry.path, above)
+    return paths
 
 
 def _info(uri: str, details: dict[str, Any]) -> ObjectInfo:
@@ -487,12 +522,14 @@ def _named(uri: str) -> Iterator[None]:
         yield
     except PipelineError:
         raise
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFoundError(f"{uri}: not found; check the address (bucket, folder, spelling)") from error
     except PermissionError as error:
         raise StorageError(f"{uri}: access refused; check the credentials and what they may do there") from error
     except botocore.exceptions.NoCredentialsError as error:
         raise StorageError(f"{uri}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
     except (OSError, botocore.exceptions.BotoCoreError, aiohttp.ClientError) as error:
+        if getattr(error, "errno", None) in _NO_NAME:
+            raise NotFoundError(f"{uri}: not found; no object can have this name") from error
         reason = getattr(error, "strerror", None) or str(error) or repr(error)
         raise StorageError(f"{uri}: {type(error).__name__}: {reason.splitlines()[0]}") from error

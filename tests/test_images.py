@@ -132,6 +132,23 @@ def test_a_profile_with_another_gamma_is_converted_by_its_formula():
     assert picture.image.getpixel((0, 0)) == pytest.approx((expected,) * 3, abs=1.5)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_a_picture_with_unreadable_exif_is_still_a_picture(kind):
+    data = encoded(Image.new("RGB", (12, 9), "red"), kind, exif=b"Exif\0\0garbage here")
+    picture = images.decode(data, LIMITS)
+    assert (picture.image.size, picture.note) == ((12, 9), "EXIF unreadable, taken as upright")
+    assert images.decode_alpha(data).shape == (9, 12)
+
+
+def test_the_limit_on_pixels_is_the_one_that_was_set():
+    """Pillow's own limit lies at 179 million."""
+    data = encoded(Image.new("1", (14_000, 13_000)))
+    with pytest.raises(images.ImageError, match="14000x13000 has a side under 13001 pixels"):
+        images.decode(data, images.Limits(200_000_000, min_side=13_001))
+    with pytest.raises(images.ImageError, match="14000x13000 has more than 181000000 pixels"):
+        images.decode(data, images.Limits(181_000_000))
+
+
 def test_of_a_film_the_first_frame_is_taken():
     frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue")]
     film = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])

@@ -1,6 +1,7 @@
 import gzip
 import io
 import json
+import os
 import re
 import tarfile
 from collections import Counter
@@ -327,9 +328,49 @@ def test_more_rejected_than_allowed_publishes_nothing(tmp_path, limit, fails):
     if not fails:
         assert run(tmp_path, tmp_path / "in", max_rejected=limit).manifest["counts"]["rejected"] == 2
         return
-    with pytest.raises(PipelineError, match=rf"2 of 20 items are rejected, --max-rejected {limit} allows"):
+    with pytest.raises(PipelineError, match=rf"2 of 20 items are rejected, .*; --max-rejected {limit} allows"):
         run(tmp_path, tmp_path / "in", max_rejected=limit)
     assert not [info for info in storage.list_objects(str(tmp_path / "store")) if info.uri.endswith("manifest.json")]
+
+
+def test_a_finished_dataset_with_more_rejected_than_allowed_is_not_passed_on(tmp_path):
+    """Nor is one that builds on it: it is the dataset that is judged, however it came about."""
+    source = many(tmp_path / "in", 18)
+    (source / "bad-0.png").write_bytes(b"bad")
+    (source / "bad-1.png").write_bytes(b"bad")
+    config = config_of(tmp_path / "store", source)
+    ingest.run(config)
+    strict = config.model_copy(update={"max_rejected": "1"})
+    with pytest.raises(PipelineError, match=r"2 of 20 items are rejected, 2 undecodable; --max-rejected 1 allows 1;"):
+        ingest.find(strict)
+    many(source, 10, start=18)
+    with pytest.raises(PipelineError, match=r"2 of 30 items are rejected, .*; nothing was published"):
+        ingest.run(strict)
+    assert ingest.run(strict.model_copy(update={"max_rejected": "7%"})).found is False
+
+
+def test_names_and_words_in_another_encoding_are_kept_and_found_again(tmp_path):
+    source = many(tmp_path / "in", 3)
+    Path(os.fsdecode(os.fsencode(source) + b"/caf\xe9.png")).write_bytes(png("red"))
+    Path(os.fsdecode(os.fsencode(source) + b"/na\xefve.png")).write_bytes(b"bad")
+    members = [("a.png", png("blue")), ("a.json", b'{"class": "\\ud83d", "caption": "\\udc00 x"}')]
+    (tmp_path / "x.tar").write_bytes(tar_bytes(members))
+    dataset = run(tmp_path, source, tmp_path / "x.tar")
+    assert dataset.class_names == (r"\ud83d",)
+    assert r"caf\udce9.png" in {Path(source).name for (source,) in columns(dataset, "source")}
+    assert [Path(row["source"]).name for row in lines(dataset, "rejected")] == [r"na\udcefve.png"]
+    many(source, 2, start=3)
+    assert run(tmp_path, source, tmp_path / "x.tar").manifest["parent"] == dataset.digest
+
+
+def test_of_rows_that_give_one_picture_several_captions_the_first_stays(tmp_path):
+    """The order of rows that are alike in all else must not be left to chance: it decides the bytes."""
+    many(tmp_path / "in", 40)
+    rows = [{"uri": f"in/{index:05}.png", "caption": f"words {n}"} for n in (3, 1, 4, 0, 2) for index in range(40)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    dataset = run(tmp_path, tmp_path / "t.jsonl")
+    assert {caption for (caption,) in columns(dataset, "caption")} == {"words 0"}
+    assert dataset.manifest["counts"] == {"found": 200, "kept": 40, "rejected": 0, "duplicates": 160}
 
 
 def test_objects_that_are_neither_pictures_nor_shards_are_told_of(tmp_path, capsys):

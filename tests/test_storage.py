@@ -17,6 +17,11 @@ def test_what_was_written_is_read_back_and_listed(store):
     ]
     assert [info.size for info in storage.list_objects(f"{store}/a/b/t*")] == [2]
     assert [info.size for info in storage.list_objects(f"{store}/a/one")] == [1]
+    assert [info.size for info in storage.list_objects(f"{store}/a/*")] == [2, 1], (
+        "a folder that matches, with all in it"
+    )
+    storage.write_bytes(f"{store}/c [1]/three", b"333")
+    assert [info.size for info in storage.list_objects(f"{store}/c [1]")] == [3]
     assert storage.list_folders(f"{store}/a") == ["b"]
     assert storage.exists(f"{store}/a/one")
     assert not storage.exists(f"{store}/a/none")

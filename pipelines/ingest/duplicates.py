@@ -36,8 +36,12 @@ class Part:
 
 
 def sorted_keys(parts: list[Part]) -> Iterator[pa.Table]:
-    """All keys, by (digest, old before new, source): Ray Data sorts, this process sees a batch at a time."""
-    rows = _keys(parts).sort(["digest", "old", "source"], descending=[False, True, False])
+    """All keys, by (digest, old before new, source): Ray Data sorts, this process sees a batch at a time.
+
+    The rest of the order tells apart rows of one source, such as a table that gives a picture five captions.
+    """
+    order = ["digest", "old", "source", "class", "caption", "heldout"]
+    rows = _keys(parts).sort(order, descending=[name == "old" for name in order])
     for batch in rows.iter_batches(batch_size=_ROWS, batch_format="pyarrow"):
         yield batch.select(_COLUMNS)
 

@@ -1,6 +1,7 @@
 """The accounts of a run, and the dataset's manifest."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -10,6 +11,7 @@ from pipelines.config import IngestConfig, PipelineError, what
 from pipelines.ingest import page
 from pipelines.ingest.plan import SPLITS, Lines, Plan
 from pipelines.ingest.shards import row_group_size
+from pipelines.ingest.sources import printable
 from pipelines.ingest.work import VERSION, Work, sources_table
 
 Record = dict[str, Any]
@@ -56,18 +58,37 @@ def accounts(records: list[Record], plan: Plan) -> tuple[Counter[str], Counter[s
     return counts, reasons
 
 
-def check_rejected(config: IngestConfig, counts: Counter[str], reasons: Counter[str], at_end: bool) -> None:
-    """Raise where more was rejected than `max_rejected` allows; a share can only be judged at the end."""
+def check_rejected(
+    config: IngestConfig, before: Record, counts: Counter[str], reasons: Counter[str], at_end: bool
+) -> None:
+    """Raise where more was rejected than `max_rejected` allows; a share can only be judged at the end.
+
+    It is the dataset that is judged: what was rejected in an earlier one (`before`, its manifest) counts as well.
+    """
+    told = _too_many(config, counts + Counter(before.get("counts")), reasons + Counter(before.get("reasons")), at_end)
+    if told:
+        raise PipelineError(
+            f"{told}; nothing was published; a higher --max-rejected goes on from here without reading again"
+        )
+
+
+def check_found(config: IngestConfig, uri: str, manifest: Record) -> None:
+    """Raise where a finished dataset, made with another `max_rejected`, has more rejected than this one allows."""
+    told = _too_many(config, Counter(manifest["counts"]), Counter(manifest["reasons"]), at_end=True)
+    if told:
+        raise PipelineError(f"{told}; they are listed in {storage.join(uri, 'rejected')}")
+
+
+def _too_many(config: IngestConfig, counts: Counter[str], reasons: Counter[str], at_end: bool) -> str:
     limit = config.max_rejected
     if limit is None or (limit.endswith("%") and not at_end):
-        return
+        return ""
     most = float(limit[:-1]) / 100 * counts["found"] if limit.endswith("%") else float(limit)
-    if counts["rejected"] > most:
-        why = "".join(f", {count} {reason}" for reason, count in sorted(reasons.items()))
-        raise PipelineError(
-            f"ingest: {counts['rejected']} of {counts['found']} items are rejected, --max-rejected {limit} allows "
-            f"{most:.0f}{why}; nothing was published; a higher --max-rejected goes on from here without reading again"
-        )
+    if counts["rejected"] <= most:
+        return ""
+    why = "".join(f", {count} {reason}" for reason, count in sorted(reasons.items()))
+    told = f"ingest: {counts['rejected']} of {counts['found']} items are rejected{why}"
+    return f"{told}; --max-rejected {limit} allows {math.floor(most)}"
 
 
 def make_manifest(
@@ -75,7 +96,7 @@ def make_manifest(
     counts: Counter[str], reasons: Counter[str],
 ) -> dict[str, Any]:  # fmt: skip
     """The dataset's manifest; pages and lists that it names are written first."""
-    config, before = work.config, work.parent.manifest if work.parent else {}
+    config, before = work.config, work.before
     sums = [own + old for own, old in zip(plan.sums, before.get("sums", (0, 0)), strict=True)]
     train = plan.counts["train"] + before.get("train", 0)
     mean, sigma = _mean_and_sigma(sums, train * 3 * config.resolution**2)
@@ -131,7 +152,7 @@ def _sources(work: Work) -> dict[str, Any]:
 
 def _ignored(work: Work) -> dict[str, Any] | None:
     """The list of objects that are neither pictures nor shards; None where there are none."""
-    rows = [{"uri": info.uri, "size": info.size} for info in work.listing.ignored]
+    rows = [{"uri": printable(info.uri), "size": info.size} for info in work.listing.ignored]
     lines = Lines(work.uri, "rejected/ignored")
     lines.add(rows)
     parts = lines.close()

@@ -31,6 +31,7 @@ _REASONS = {
     "missing_object": "a table names an object that is not there",
     "bad_row": "a table's row or a sample's JSON cannot be read",
     "no_picture": "a sample without a picture",
+    "second_picture": "a sample has one picture; this is a further one",
     "truncated_shard": "the shard breaks off",
     "damaged_shard": "this part of a Parquet file cannot be read",
     "rare_class": "its class has fewer pictures than --min-per-class",

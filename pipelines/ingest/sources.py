@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,7 +19,10 @@ PARQUETS = (".parquet",)
 TABLES = (".jsonl", ".ndjson", ".csv", ".tsv")
 INDEXES = (".idx", "index.json")
 _PICTURES_IN_UNIT = 256
-_RESULTS = ("cartoons", "datasets", "models", "images", "evaluations")
+# Where a store keeps results, below it: each in a folder whose name is a digest.
+_RESULT = re.compile(r"/(cartoons|(datasets|models|images|evaluations)/[^/]+)/[0-9a-f]{16}/")
+_S3 = re.compile(r"s3://[A-Za-z0-9._-]{3,63}/.+", re.DOTALL)
+_LONGEST_ADDRESS = 1024
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class Listing:
 
     def without(self, known: set[tuple[str, int, str]]) -> "Listing":
         """The listing less the objects that are known already."""
-        taken = tuple(info for info in self.taken if (info.uri, info.size, info.version) not in known)
+        taken = tuple(info for info in self.taken if fingerprint(info) not in known)
         return Listing(self.roots, taken, self.ignored)
 
 
@@ -87,10 +92,11 @@ def list_sources(config: IngestConfig) -> Listing:
     explicit: set[str] = set()
     for source in config.source:
         found = [info for info in storage.list_objects(source) if not _is_result(config.store, source, info.uri)]
-        if any(mark in source for mark in "*?[") or [info.uri for info in found] == [storage.normalise(source)]:
+        pattern = storage.is_pattern(source)
+        if pattern or [info.uri for info in found] == [storage.normalise(source)]:
             explicit |= {info.uri for info in found}
         for info in found:
-            roots.setdefault(info.uri, _root(source))
+            roots.setdefault(info.uri, _root(source) if pattern else storage.normalise(source))
             objects.setdefault(info.uri, info)
     ordered = [objects[uri] for uri in sorted(objects)]
     taken = tuple(info for info in ordered if _is_taken(info.uri, info.uri in explicit))
@@ -126,11 +132,32 @@ def units(config: IngestConfig, listing: Listing) -> Iterator[Unit]:
 
 def resolve(base: str, address: str) -> str:
     """The URI that a table or shard at `base` means. Raises ValueError on an address of a kind that is not read."""
+    if "\0" in address or len(address) > _LONGEST_ADDRESS:
+        raise ValueError(f"{address[:60]!r}: no address")
+    if address.startswith("s3://") and not _S3.fullmatch(address):
+        raise ValueError(f"{address}: not of the form s3://bucket/key")
     if "://" in address or address.startswith("/"):
         if not address.startswith(("s3://", "file://", "/")):
             raise ValueError(f"{address}: only paths and s3:// are read; fetch it into a folder or bucket first")
         return storage.normalise(address)
     return storage.join(base.rsplit("/", 1)[0], address)
+
+
+def printable(text: str) -> str:
+    """Text that can be stored as UTF-8: what a name in another encoding has instead of letters is spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def fingerprint(info: ObjectInfo) -> tuple[str, int, str]:
+    """What an object is known by in later runs."""
+    return printable(info.uri), info.size, info.version
+
+
+def word(value: Any) -> str | None:
+    """A class or caption as text; None where there is none. Whole numbers read the same from any column type."""
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return None
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _ends(uri: str, suffixes: tuple[str, ...]) -> bool:
@@ -144,14 +171,14 @@ def _is_taken(uri: str, explicit: bool) -> bool:
 
 def _is_result(store: str, source: str, uri: str) -> bool:
     """Whether an object is a result that the store keeps among the pictures; a result named itself is a source."""
-    folders = (f"{storage.join(store, name)}/" for name in _RESULTS)
-    return any(uri.startswith(folder) and not f"{source}/".startswith(folder) for folder in folders)
+    found = _RESULT.match(uri, len(store)) if uri.startswith(store) else None
+    return found is not None and not f"{source}/".startswith(f"{store}/{found[1].partition('/')[0]}/")
 
 
 def _root(source: str) -> str:
-    """The folder that classes are folders of: the source, or of a glob the part before its first mark."""
-    marks = [source.index(mark) for mark in "*?[" if mark in source]
-    return storage.normalise(source[: min(marks)].rpartition("/")[0] or "." if marks else source)
+    """The folder that classes are folders of: of a pattern the part before its first mark."""
+    first = min(source.index(mark) for mark in "*?[" if mark in source)
+    return storage.normalise(source[:first].rpartition("/")[0] or ".")
 
 
 def _group(number: int, kind: str, entries: list[Entry]) -> Unit:
@@ -184,46 +211,57 @@ def _rows(config: IngestConfig, listing: Listing) -> Iterator[Entry]:
 
 
 def _csv_rows(uri: str, text: str, config: IngestConfig) -> Iterator[tuple[int, dict[str, Any], str]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if _ends(uri, (".tsv",)) else ",")
-    columns = list(reader.fieldnames or [])
-    check_field(uri, "uri_field", config.uri_field, columns, required=True)
-    check_field(uri, "class_field", config.class_field, columns)
-    check_field(uri, "caption_field", config.caption_field, columns)
-    for row in reader:
-        yield reader.line_num, row, ""
+    comma = "\t" if _ends(uri, (".tsv",)) else ","
+    # Strict: a quote that is never closed would else make one caption of all rows that follow.
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="", delimiter=comma, strict=True)
+    try:
+        columns = list(reader.fieldnames or [])
+        _check_fields(uri, config, columns)
+        for row in reader:
+            told = f"{len(columns) + len(row[''])} fields, {len(columns)} expected" if "" in row else ""
+            yield reader.line_num, row, told
+    except csv.Error as error:
+        raise PipelineError(f"{uri}: after line {reader.line_num}: {error}; mend the table's quotes") from error
 
 
 def _json_rows(uri: str, text: str, config: IngestConfig) -> Iterator[tuple[int, dict[str, Any], str]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    there: set[str] = set()
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield number, {}, f"no JSON: {error}"
             continue
         if not isinstance(row, dict):
             yield number, {}, "no JSON object"
             continue
-        if number == 1:
-            check_field(uri, "uri_field", config.uri_field, list(row), required=True)
+        there |= set(row)
         yield number, row, ""
+    if there:
+        _check_fields(uri, config, sorted(there))
+
+
+def _check_fields(uri: str, config: IngestConfig, there: list[str]) -> None:
+    check_field(uri, "uri_field", config.uri_field, there, required=True)
+    check_field(uri, "class_field", config.class_field, there)
+    check_field(uri, "caption_field", config.caption_field, there)
 
 
 def _entry(table: str, place: str, row: dict[str, Any], error: str, config: IngestConfig) -> Entry:
     """One row of a table; a row that cannot be used is rejected by itself."""
     if error:
         return Entry(place, named_in=place, reason="bad_row", error=error)
-    address, label = row.get(config.uri_field), row.get(config.class_field)
+    address = word(row.get(config.uri_field))
     if not address:
         return Entry(place, named_in=place, reason="missing_object", error=f"no address in {config.uri_field}")
     try:
-        uri = resolve(table, str(address))
+        uri = resolve(table, address)
     except ValueError as refused:
         return Entry(place, named_in=place, reason="unsupported", error=str(refused))
-    caption = row.get(config.caption_field)
-    named = None if label is None or label == "" else str(label)
-    return Entry(uri, class_name=named, caption="" if caption is None else str(caption), named_in=place)
+    caption = word(row.get(config.caption_field)) or ""
+    return Entry(uri, class_name=word(row.get(config.class_field)), caption=caption, named_in=place)
 
 
 def check_field(uri: str, setting: str, wanted: str, there: list[str], required: bool = False) -> None:

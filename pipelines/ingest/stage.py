@@ -9,7 +9,7 @@ from pipelines import storage
 from pipelines.config import IngestConfig, Outcome, PipelineError
 from pipelines.ingest import shards
 from pipelines.ingest.duplicates import Part
-from pipelines.ingest.manifest import Record, accounts, check_rejected, make_manifest, summary
+from pipelines.ingest.manifest import Record, accounts, check_found, check_rejected, make_manifest, summary
 from pipelines.ingest.plan import SPLITS, Plan, make_plan
 from pipelines.ingest.shards import row_group_size, write_shard
 from pipelines.ingest.sources import Unit, list_sources, units
@@ -23,13 +23,19 @@ _TASKS_A_CORE = 1.5
 
 
 def find(config: IngestConfig) -> Outcome | None:
-    """The dataset of these settings and sources, if it is there. Raises StorageError where a source does not exist."""
+    """The dataset of these settings and sources, if it is there.
+
+    Raises StorageError where a source does not exist, PipelineError where it has more rejected than is allowed.
+    """
     listing = list_sources(config)
     done = next(
         (dataset for dataset in earlier(config) if dataset.manifest["sources"]["sha256"] == listing_digest(listing)),
         None,
     )
-    return Outcome(uri=done.uri, found=True) if done else None
+    if done is None:
+        return None
+    check_found(config, done.uri, done.manifest)
+    return Outcome(uri=done.uri, found=True)
 
 
 def run(config: IngestConfig) -> Outcome:
@@ -38,10 +44,12 @@ def run(config: IngestConfig) -> Outcome:
     Raises PipelineError where no picture can be kept, where more are rejected than allowed, or where the storage
     failed for longer than it is retried; what was done by then is kept for the next run.
     """
+    import ray.exceptions
+
     work = plan_work(config)
     try:
         manifest = _make(work)
-    except PipelineError:
+    except (PipelineError, ray.exceptions.RayError):
         # Another run of the same work may have finished it and cleared the staging folder under this one's hands.
         if not storage.is_published(work.uri):
             raise
@@ -68,9 +76,10 @@ def _make(work: Work) -> dict[str, Any]:
     _check_fields(config, records)
     plan = _plan(work, records)
     counts, reasons = accounts(records, plan)
-    check_rejected(config, counts, reasons, at_end=True)
+    check_rejected(config, work.before, counts, reasons, at_end=True)
     if not plan.counts["train"] and not work.parent:
-        why = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items())) or "all held out"
+        why = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+        why = why or ("all held out" if counts["found"] else "the shards and tables are empty")
         raise PipelineError(f"{', '.join(config.source)}: no picture to train on ({why})")
     made = _write_shards(work, plan)
     return make_manifest(work, records, plan, made, counts, reasons)
@@ -80,21 +89,22 @@ def _read(work: Work, todo: list[Unit]) -> None:
     """Read the units that have no record yet. Raises PipelineError where some could not be read."""
     done = {info.uri for info in storage.list_if_any(storage.join(work.staging, "units")) if info.uri.endswith(".json")}
     left = [unit for unit in todo if record_uri(work.staging, unit.number) not in done]
-    total = sum(unit.bytes for unit in todo)
-    start = total - sum(unit.bytes for unit in left)
-    scale, name = (10**6, "MB") if total >= 10**7 else (10**3, "kB")
+    sized = all(unit.bytes for unit in todo)  # of a table's rows the sizes are not known
+    total = sum(unit.bytes if sized else 1 for unit in todo)
+    start = total - sum(unit.bytes if sized else 1 for unit in left)
+    scale, name = (1, "units") if not sized else (10**6, "MB") if total >= 10**7 else (10**3, "kB")
     bar = Progress("ingest", total // scale, name, done=start // scale, every=2.0)
     found = rejected = 0
     faults: list[str] = []
     seen = start
     kwargs = {"config": work.config, "folder": work.staging}
     for row in _on_ray(read_unit, [unit.to_row() for unit in left], kwargs, work.config.readers):
-        seen, found, rejected = seen + row["bytes"], found + row["found"], rejected + row["rejected"]
+        seen, found, rejected = seen + (row["bytes"] if sized else 1), found + row["found"], rejected + row["rejected"]
         faults += [row["fault"]] if row["fault"] else []
         bar.update(seen // scale, f"{found} pictures, {found / max(bar.seconds(), 1e-9):.0f}/s")
         if len(faults) >= _FAULTS_TO_STOP:
             break
-        check_rejected(work.config, Counter(found=found, rejected=rejected), Counter(), at_end=False)
+        check_rejected(work.config, work.before, Counter(found=found, rejected=rejected), Counter(), at_end=False)
     _raise_faults("ingest", faults)
 
 
@@ -187,6 +197,7 @@ def _write_shards(work: Work, plan: Plan) -> dict[str, list[dict[str, Any]]]:
 
 
 def _told_found(work: Work) -> Outcome:
-    """The dataset that another run has published meanwhile."""
+    """The dataset that another run has published meanwhile; what this one staged since is cleared away."""
+    storage.remove_folder(work.staging)
     print(f"ingest: another run published {work.uri} first; this one's work is the same and is not needed", flush=True)
     return Outcome(uri=work.uri, found=True)

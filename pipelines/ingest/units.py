@@ -18,7 +18,7 @@ from pipelines.config import IngestConfig, PipelineError
 from pipelines.images import ImageError, Limits, Pixels, decode, encode, fit
 from pipelines.ingest.hashing import perceptual_hash
 from pipelines.ingest.items import Item, Shard, items
-from pipelines.ingest.sources import Unit
+from pipelines.ingest.sources import Unit, printable
 
 # What is known of a staged picture. Its stored bytes lie in a blob, at `offset`; `crc` is their CRC-32.
 KEYS = pa.schema(
@@ -83,8 +83,9 @@ def read_unit(row: dict[str, Any], config: IngestConfig, folder: str) -> dict[st
     unit = Unit.from_row(row)
     try:
         record = _staged(unit, config, folder)
-    except PipelineError as error:
-        return {"number": unit.number, "bytes": unit.bytes, "found": 0, "rejected": 0, "fault": str(error)}
+    except (PipelineError, OSError) as error:  # an OSError here is this machine's, such as a full disk
+        fault = printable(str(error) if isinstance(error, PipelineError) else f"{unit.name}: {error}")
+        return {"number": unit.number, "bytes": unit.bytes, "found": 0, "rejected": 0, "fault": fault}
     storage.write_bytes(record_uri(folder, unit.number), storage.to_json(record))
     rejected = sum(record["reasons"].values())
     return {"number": unit.number, "bytes": unit.bytes, "found": record["found"], "rejected": rejected, "fault": ""}
@@ -115,7 +116,8 @@ def _staged(unit: Unit, config: IngestConfig, folder: str) -> dict[str, Any]:
     for found, (item, outcome) in enumerate(_outcomes(unit, config, shard), start=1):  # noqa: B007
         if isinstance(outcome, ImageError):
             reasons[outcome.reason] += 1
-            staging.reject({"source": item.source, "reason": outcome.reason, "error": str(outcome)})
+            told = {"source": printable(item.source), "error": printable(str(outcome))}
+            staging.reject({**told, "reason": outcome.reason})
             continue
         kinds[outcome.kind] += 1
         notes.update([outcome.note] if outcome.note else [])
@@ -156,9 +158,9 @@ def _kept(item: Item, config: IngestConfig, limits: Limits) -> _Kept:
     pixels = fit(picture.image, config.resolution, config.fit, config.background)
     near = perceptual_hash(pixels) if config.near_duplicates else (0, b"")
     key = {
-        "digest": hashlib.sha256(pixels.tobytes()).hexdigest(), "source": item.source,
-        "class": item.class_name if item.class_name is not None and config.labels != "ignored" else "",
-        "caption": item.caption, "heldout": _is_heldout(item.data, config.heldout),
+        "digest": hashlib.sha256(pixels.tobytes()).hexdigest(), "source": printable(item.source),
+        "class": "" if config.labels == "ignored" else printable(item.class_name or ""),
+        "caption": printable(item.caption), "heldout": _is_heldout(item.data, config.heldout),
         "hash": near[0], "colours": near[1], **_sums(pixels),
     }  # fmt: skip
     return _Kept(encode(pixels, config.stored_as), key, picture.kind, picture.note)

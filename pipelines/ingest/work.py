@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 from pipelines import storage
 from pipelines.config import IngestConfig, identity, what
 from pipelines.dataset import Dataset
-from pipelines.ingest.sources import Listing, list_sources
+from pipelines.ingest.sources import Listing, fingerprint, list_sources
 from pipelines.ingest.units import to_parquet
 
 VERSION = 2
@@ -28,6 +29,11 @@ class Work:
     uri: str
 
     @property
+    def before(self) -> dict[str, Any]:
+        """The manifest of the earlier dataset; empty where there is none."""
+        return self.parent.manifest if self.parent else {}
+
+    @property
     def staging(self) -> str:
         """Where the work lies until it is published."""
         return storage.join(self.uri, "staging")
@@ -36,7 +42,7 @@ class Work:
 def plan_work(config: IngestConfig) -> Work:
     """What is to be made, and on which earlier dataset it can build: the one that has most of the sources."""
     listing = list_sources(config)
-    here = {(info.uri, info.size, info.version) for info in listing.taken}
+    here = {fingerprint(info) for info in listing.taken}
     parent, known = None, set[tuple[str, int, str]]()
     for dataset in earlier(config) if config.extend else ():
         if dataset.manifest["sources"]["rows"] <= len(known) or dataset.manifest["reasons"].get("rare_class"):
@@ -45,7 +51,7 @@ def plan_work(config: IngestConfig) -> Work:
         if has <= here:
             parent, known = dataset, has
     new = listing.without(known)
-    made = [[info.uri, info.size, info.version] for info in new.taken]
+    made = [list(fingerprint(info)) for info in new.taken]
     digest = identity("ingest", VERSION, what(config), [parent.digest if parent else "", made])
     uri = storage.join(storage.normalise(config.store), "datasets", config.name, digest)
     return Work(config, listing, parent, new, uri)
@@ -74,7 +80,7 @@ def _sources_of(dataset: Dataset) -> set[tuple[str, int, str]]:
 
 def sources_table(listing: Listing) -> bytes:
     """The listing as a part of the dataset, the same bytes for the same objects."""
-    columns = zip(*((info.uri, info.size, info.version) for info in listing.taken), strict=True)
+    columns = zip(*map(fingerprint, listing.taken), strict=True)
     return to_parquet(pa.table([pa.array(column) for column in columns], schema=_SOURCES), compression="zstd")
 
 
