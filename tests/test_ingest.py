@@ -500,6 +500,7 @@ def test_a_run_that_comes_second_reports_the_first(tmp_path, capsys, monkeypatch
     outcome = ingest.run(config)
     assert outcome.found
     assert "another run published" in capsys.readouterr().out
+    assert not [name for name in published(open_dataset(outcome.uri)) if "staging" in name]
 
 
 def test_pictures_cannot_be_told_apart_by_their_place_in_the_dataset(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
+from ray.cluster_utils import Cluster
 from support.damage import encoded, noise, tar_bytes
 
 from pipelines import storage
@@ -51,23 +52,11 @@ def expected(undisturbed):
     return undisturbed.manifest
 
 
-def start(source, store, *flags, endpoint=None):
-    command = [
-        sys.executable,
-        "-m",
-        "pipelines",
-        "ingest",
-        "--source",
-        str(source),
-        "--store",
-        str(store),
-        "--name",
-        "x",
-    ]
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"} | ({"AWS_ENDPOINT_URL": endpoint} if endpoint else {})
+def start(source, store, *flags, **environment):
+    command = [sys.executable, "-m", "pipelines", "ingest", "--source", str(source), "--store", str(store)]
     command += ["--name", "x", "--resolution", "16", "--shard-size", "100", *flags]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True,
+        command, cwd=ROOT, env={**os.environ, "RAY_AUTH_MODE": "disabled", **environment}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
 
@@ -143,6 +132,24 @@ def kill_a_worker(session):
     return 0
 
 
+def test_a_killed_node_changes_nothing(shards, expected, tmp_path):
+    size = {"num_cpus": 1, "object_store_memory": 150_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args=size)
+    try:
+        node = cluster.add_node(**size)
+        process = start(shards, tmp_path / "store", RAY_ADDRESS=cluster.address)
+        deadline = time.monotonic() + 120
+        while not records(tmp_path / "store") and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert 0 < len(records(tmp_path / "store")) < TARS, "killed in the middle"
+        cluster.remove_node(node, allow_graceful=False)
+        output, code = finish(process)
+    finally:
+        cluster.shutdown()
+    assert code == 0, output
+    same(open_dataset(uri_of(output)), expected)
+
+
 WEATHER = [
     {"match": "GET .*", "kind": "slowdown", "prob": 0.1},
     {"match": "GET .*", "kind": "reset", "prob": 0.05},
@@ -164,7 +171,7 @@ def shards_in_bucket(shards, bucket):
 
 def test_bad_weather_on_the_way_to_s3_changes_nothing(shards_in_bucket, bucket, undisturbed, fault_proxy):
     fault_proxy.rules(*WEATHER)
-    output, code = finish(start(shards_in_bucket, f"{bucket}/store", endpoint=fault_proxy.url))
+    output, code = finish(start(shards_in_bucket, f"{bucket}/store", AWS_ENDPOINT_URL=fault_proxy.url))
     faults = {kind for _, kind in fault_proxy.done()}
     fault_proxy.rules()
     assert code == 0, output
@@ -188,13 +195,13 @@ def test_a_fault_that_stays_stops_the_run_names_the_object_and_the_next_run_goes
     shards_in_bucket, bucket, expected, fault_proxy
 ):
     fault_proxy.rules({"match": "GET .*noise-3.tar", "kind": "slowdown"})
-    output, code = finish(start(shards_in_bucket, f"{bucket}/store", endpoint=fault_proxy.url))
+    output, code = finish(start(shards_in_bucket, f"{bucket}/store", AWS_ENDPOINT_URL=fault_proxy.url))
     fault_proxy.rules()
     assert code == 1
     assert "1 units could not be done" in output
     assert f"{shards_in_bucket}/noise-3.tar" in output
     assert not [info for info in storage.list_objects(f"{bucket}/store") if info.uri.endswith("manifest.json")]
-    output, code = finish(start(shards_in_bucket, f"{bucket}/store", endpoint=fault_proxy.url))
+    output, code = finish(start(shards_in_bucket, f"{bucket}/store", AWS_ENDPOINT_URL=fault_proxy.url))
     assert code == 0, output
     assert len([line for line, _ in fault_proxy.done() if ".tar" in line]) == 0
     assert open_dataset(uri_of(output)).manifest["counts"] == expected["counts"]

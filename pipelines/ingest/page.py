@@ -14,7 +14,7 @@ from PIL import Image
 from pipelines import storage
 from pipelines.dataset import Dataset
 from pipelines.images import from_png, stored, to_png
-from pipelines.ingest.plan import shown_per_class
+from pipelines.ingest.plan import shown_of
 from pipelines.ingest.shards import pictures
 from pipelines.ingest.units import to_parquet
 from pipelines.report import grid
@@ -71,10 +71,9 @@ def _thumbnails(
     if parent:
         data = storage.read_part(parent.uri, parent.manifest["thumbnails"])
         made += pq.read_table(io.BytesIO(data)).to_pylist()
-    most = shown_per_class(len(manifest["classes"]))
     kept: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(made, key=lambda row: (row["class"], row["digest"])):
-        if len(kept.setdefault(row["class"], [])) < most:
+        if len(kept.setdefault(row["class"], [])) < shown_of(row["class"], len(manifest["classes"])):
             kept[row["class"]].append(row)
     return pa.Table.from_pylist([row for name in sorted(kept) for row in kept[name]], schema=_THUMBNAILS)
 

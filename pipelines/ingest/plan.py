@@ -19,7 +19,7 @@ SPLITS = ("train", "heldout")
 _ROWS_IN_PART = 65_536
 _LINES_IN_PART = 10_000
 _SHOWN = 600
-_MOST_SHOWN, _FEWEST_SHOWN = 24, 2
+_MOST_SHOWN, _FEWEST_SHOWN, _SHOWN_WITHOUT_CLASS = 24, 2, 96
 
 
 class Lines:
@@ -86,9 +86,9 @@ def make_plan(
     return plan
 
 
-def shown_per_class(classes: int) -> int:
-    """How many pictures of a class the contact sheets show."""
-    return max(_FEWEST_SHOWN, min(_MOST_SHOWN, _SHOWN // max(classes, 1)))
+def shown_of(name: str, classes: int) -> int:
+    """How many pictures the contact sheet of a class shows; of those without a class (an empty name) more."""
+    return max(_FEWEST_SHOWN, min(_MOST_SHOWN, _SHOWN // max(classes, 1))) if name else _SHOWN_WITHOUT_CLASS
 
 
 def _drop_exact(plan: Plan, duplicates: Lines, staging: str, parts: list[Part]) -> list[dict[str, Any]]:
@@ -156,7 +156,7 @@ def _count(plan: Plan, kept: pa.Table) -> None:
             plan.counts["train"] += 1
     for row in kept.select(["digest", "class", "blob", "offset", "length", "crc"]).to_pylist():
         shown = plan.shown.setdefault(row["class"], [])
-        if len(shown) < _MOST_SHOWN:
+        if len(shown) < shown_of(row["class"], classes=1):
             shown.append(row)
 
 

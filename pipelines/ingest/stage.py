@@ -55,11 +55,11 @@ def run(config: IngestConfig) -> Outcome:
             raise
         return _told_found(work)
     outcome = storage.publish(work.uri, manifest)
+    storage.remove_folder(work.staging)
     if outcome == "other":
         raise PipelineError(f"{work.uri}: another run published other content under this name; run again to use it")
     if outcome == "same":
         return _told_found(work)
-    storage.remove_folder(work.staging)
     print(f"{summary(manifest)}\nlook at it: {storage.join(work.uri, 'dataset.html')}", flush=True)
     return Outcome(uri=work.uri, found=False)
 
