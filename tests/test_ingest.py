@@ -188,14 +188,18 @@ def test_sources_and_store_in_a_bucket_give_the_same_shards_as_on_disk(tmp_path,
     assert ingest.find(config) is not None
 
 
-def test_captions_fields_and_classes_are_taken_as_named(tmp_path):
+def test_captions_fields_and_classes_are_taken_as_named(tmp_path, capsys):
     rows = [{"image": png((i, 0, 0)), "label": i % 3, "text": f"words {i}"} for i in range(12)]
     (tmp_path / "x.parquet").write_bytes(parquet_bytes(rows))
     dataset = run(tmp_path, tmp_path / "x.parquet", class_field="label", caption_field="text")
     assert dataset.manifest["classes"] == {"0": 4, "1": 4, "2": 4}
     assert sorted(caption for (caption,) in columns(dataset, "caption")) == sorted(row["text"] for row in rows)
+    capsys.readouterr()
     plain = run(tmp_path, tmp_path / "x.parquet", class_field="label", labels="ignored")
     assert plain.class_names == ()
+    assert "no picture has a class" not in capsys.readouterr().out
+    run(tmp_path, tmp_path / "x.parquet")
+    assert "no picture has a class; --class-field may name one of label, text" in capsys.readouterr().out
 
 
 def test_a_field_that_was_named_but_is_nowhere_is_an_error(tmp_path):

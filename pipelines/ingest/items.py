@@ -314,7 +314,7 @@ def _parquet(info: ObjectInfo, config: IngestConfig, shard: Shard) -> Iterator[I
             check_field(info.uri, "class_field", config.class_field, names)
             check_field(info.uri, "caption_field", config.caption_field, names)
             columns = [name for name in (config.image_field, config.class_field, config.caption_field) if name in names]
-            shard.fields |= set(columns)
+            shard.fields |= set(map(printable, names))
             for group in range(file.num_row_groups):
                 yield from _row_group(info.uri, file, group, columns, config, shard)
 

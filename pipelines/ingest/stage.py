@@ -75,6 +75,7 @@ def _make(work: Work) -> dict[str, Any]:
     records = _records(work.staging, [record_uri(work.staging, unit.number) for unit in todo])
     _check_fields(config, records)
     plan = _plan(work, records)
+    _tell_of_fields(config, records, plan)
     counts, reasons = accounts(records, plan)
     check_rejected(config, work.before, counts, reasons, at_end=True)
     if not plan.counts["train"] and not work.parent:
@@ -148,6 +149,13 @@ def _check_fields(config: IngestConfig, records: list[Record]) -> None:
         raise PipelineError(
             f"--class-field {config.class_field}: no sample has this field; there are {', '.join(sorted(fields))}"
         )
+
+
+def _tell_of_fields(config: IngestConfig, records: list[Record], plan: Plan) -> None:
+    """Say which fields there are where no picture got a class: it may stand under another name."""
+    others = {name for record in records for name in record["fields"]} - {config.image_field, config.caption_field}
+    if others and not plan.classes and config.labels != "ignored":
+        print(f"ingest: no picture has a class; --class-field may name one of {', '.join(sorted(others))}", flush=True)
 
 
 def _plan(work: Work, records: list[Record]) -> Plan:
