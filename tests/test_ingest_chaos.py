@@ -160,6 +160,8 @@ WEATHER = [
     {"match": "PUT .*", "kind": "lost_response", "prob": 0.1},
     {"match": ".*", "kind": "latency", "prob": 0.2, "ms": 100},
 ]
+# Each kind once for certain, and then by chance.
+WEATHER = [{**rule, "prob": 1, "times": 1} for rule in WEATHER] + WEATHER
 
 
 @pytest.fixture
