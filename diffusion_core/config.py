@@ -15,6 +15,9 @@ SamplerName = Literal[
 ]  # fmt: skip
 Task = Literal["generate", "inpaint", "denoise", "image_to_image", "vary"]
 InpaintingName = Literal["posterior", "replacement"]
+Strategy = Literal["ddp", "fsdp", "hsdp"]
+Precision = Literal["float32", "bfloat16"]
+Decay = Literal["cosine", "constant"]
 
 
 @dataclass(frozen=True)

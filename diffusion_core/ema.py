@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,14 @@ def new_ema(network: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def update_ema(ema: dict[str, Tensor], network: nn.Module, step: int, profile: Profile) -> None:
     """Move `ema` in place towards the weights after optimisation step `step` (from 1)."""
-    moves = 1 - profile.keep(step)
-    for name, value in network.state_dict().items():
-        ema[name].lerp_(value, moves)
+    weights = network.state_dict()
+    averages = [_local(ema[name]) for name in weights]
+    torch._foreach_lerp_(averages, [_local(value) for value in weights.values()], 1 - profile.keep(step))
+
+
+def _local(value: Tensor) -> Tensor:
+    """A rank's own part of a sharded tensor, which is averaged without the others."""
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def posthoc_weights(steps: Sequence[int], widths: Sequence[float], step: int, width: float) -> Tensor:

@@ -1,33 +1,35 @@
-"""One optimisation step, and nothing else: what the training stage, its tests and its benchmarks all call."""
+"""One optimisation step, and nothing else: what the training stage, its tests and its benchmarks all call.
+
+How the network is spread over processes is in `strategies`; a step is the same for all of them.
+"""
 
 import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from diffusion_core import checks
-from diffusion_core.config import Weighting
+from diffusion_core.config import Decay, Precision, Weighting
 from diffusion_core.denoiser import Denoiser
 from diffusion_core.ema import Profile, new_ema, update_ema
 from diffusion_core.losses import per_sample_loss
 from diffusion_core.noise import derive_seeds, normal, uniform
 from diffusion_core.schedules import SigmaDistribution, stratify
-from diffusion_core.unet import Block, UNet
 
 
 @dataclass(frozen=True)
 class Optimisation:
-    """The settings of the optimiser: AdamW, linear warm-up, cosine decay to 0 at `steps`, gradient clipping, EMA.
+    """The settings of the optimiser: AdamW, linear warm-up, decay, gradient clipping, EMA.
 
-    `micro_batches` cuts a rank's batch for memory's sake. "bfloat16" runs the network under autocast; weights and
-    averages stay float32. `stratified` spreads sigma evenly over the batch of `global_batch_size`.
+    "cosine" decays to 0 at `steps`. `micro_batches` cuts a rank's batch for memory's sake. "bfloat16" runs the
+    network under autocast; weights and averages stay float32. `stratified` spreads sigma evenly over the batch of
+    `global_batch_size`. `world` is the number of ranks that share that batch.
     """
 
     steps: int
@@ -44,7 +46,9 @@ class Optimisation:
     sigma: SigmaDistribution = field(default_factory=SigmaDistribution)
     stratified: bool = True
     micro_batches: int = 1
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
+    decay: Decay = "cosine"
+    world: int = 1
 
     def __post_init__(self) -> None:
         """Raise ValueError on settings that no run can have."""
@@ -68,9 +72,13 @@ class Batch(NamedTuple):
     place: Tensor
 
     def micro_batches(self, count: int) -> list["Batch"]:
-        """The batch cut into at most `count` parts."""
-        labels = (None,) * count if self.label is None else self.label.chunk(count)
-        parts = zip(self.x0.chunk(count), labels, self.ids.chunk(count), self.place.chunk(count), strict=False)
+        """The batch cut into `count` parts, or single pictures where it has fewer."""
+        count = min(count, len(self.x0))
+        labels = (None,) * count if self.label is None else self.label.tensor_split(count)
+        cut = (values.tensor_split(count) for values in (self.x0, self.ids, self.place))
+        parts = (
+            (x0, label, ids, place) for (x0, ids, place), label in zip(zip(*cut, strict=True), labels, strict=True)
+        )
         return [Batch(*part) for part in parts]
 
 
@@ -88,26 +96,32 @@ class TrainState:
 def new_state(denoiser: Denoiser, network: nn.Module, settings: Optimisation) -> TrainState:
     """A state before the first step. `network` is the bare network, also where the denoiser holds a wrapped one."""
     optimizer = torch.optim.AdamW(
-        network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.99)
-    )
+        network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.99),
+        fused=True,
+    )  # fmt: skip
+    for parameter in network.parameters():
+        # The optimiser makes these at its first step; a checkpoint is to find them before.
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        }
     return TrainState(denoiser, network, optimizer, [new_ema(network) for _ in settings.ema])
 
 
-def shard(network: UNet, mesh: DeviceMesh) -> UNet:
-    """The network with every block's parameters sharded over `mesh` (FSDP2), gathered one block at a time."""
-    for module in network.modules():
-        if isinstance(module, Block):
-            fully_shard(module, mesh=mesh)
-    fully_shard(network, mesh=mesh)
-    return network
-
-
 def learning_rate(step: int, settings: Optimisation) -> float:
-    """Rate of optimisation step `step` (from 0): linear warm-up, then a half cosine down to 0."""
+    """Rate of optimisation step `step` (from 0): linear warm-up, then a half cosine down to 0, or no change."""
     if step < settings.warmup:
         return settings.learning_rate * (step + 1) / settings.warmup
+    if settings.decay == "constant":
+        return settings.learning_rate
     done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def sigmas_of(batch: Batch, step: int, settings: Optimisation) -> Tensor:
+    """The noise levels [B] of a batch in optimisation step `step`."""
+    return settings.sigma.sigma(_quantiles(derive_seeds(settings.seed, batch.ids), batch, step, settings))
 
 
 def losses_of(denoiser: Denoiser, batch: Batch, step: int, settings: Optimisation) -> Tensor:
@@ -121,17 +135,28 @@ def losses_of(denoiser: Denoiser, batch: Batch, step: int, settings: Optimisatio
     return per_sample_loss(denoiser, batch.x0, sigma, noise, label, settings.weighting, settings.weighting_gamma)
 
 
-def train_step(state: TrainState, batch: Batch, settings: Optimisation) -> tuple[TrainState, float]:
-    """One step; returns the state (updated in place) and the mean loss of the batch.
+class Step(NamedTuple):
+    """What a step tells: the mean loss of the global batch, the gradient's norm before clipping, this rank's losses."""
 
-    Raises ValueError on a batch that is no batch of pictures in [-1, 1], and FloatingPointError where loss or
-    gradient is not finite; the weights are then as they were before.
+    loss: float
+    norm: float
+    losses: Tensor
+
+
+def train_step(
+    state: TrainState, batch: Batch, settings: Optimisation, over_ranks: Callable[[float], float] = float
+) -> tuple[TrainState, Step]:
+    """One step; returns the state (updated in place) and what it told.
+
+    `over_ranks` sums a number over all ranks. Raises ValueError on a batch that is no batch of pictures in [-1, 1],
+    and FloatingPointError, on every rank, where loss or gradient is not finite; the weights are then as before.
     """
     _check(batch, state.denoiser)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, settings)
     state.optimizer.zero_grad(set_to_none=True)
-    loss = _accumulate(state, batch, settings)
+    losses = _accumulate(state, batch, settings)
+    loss = over_ranks(float(losses.sum()) / settings.global_batch_size)
     norm = _full(nn.utils.clip_grad_norm_(state.network.parameters(), settings.clip))
     if not (math.isfinite(loss) and math.isfinite(norm)):
         state.optimizer.zero_grad(set_to_none=True)
@@ -143,21 +168,32 @@ def train_step(state: TrainState, batch: Batch, settings: Optimisation) -> tuple
     state.step += 1
     for average, profile in zip(state.ema, settings.ema, strict=True):
         update_ema(average, state.network, state.step, profile)
-    return state, loss
+    return state, Step(loss, norm, losses)
 
 
-def _accumulate(state: TrainState, batch: Batch, settings: Optimisation) -> float:
-    """Gradients of the batch's mean loss, one micro-batch after the other; ranks exchange them at the last."""
-    parts, total = batch.micro_batches(settings.micro_batches), 0.0
+def rehearse(state: TrainState, batch: Batch, settings: Optimisation) -> None:
+    """Gradients that are thrown away: what arranges itself by a first pass (ddp's buckets) is then as in later ones.
+
+    Without it, the order in which three or more ranks sum would differ between a first step and the same step of a
+    run that was never stopped.
+    """
+    _accumulate(state, batch, settings)
+    state.optimizer.zero_grad(set_to_none=True)
+
+
+def _accumulate(state: TrainState, batch: Batch, settings: Optimisation) -> Tensor:
+    """Losses [B]; gradients of the global batch's mean loss, a micro-batch at a time; ranks exchange at the last."""
+    parts, losses = batch.micro_batches(settings.micro_batches), []
     for number, part in enumerate(parts, start=1):
         with _exchange(state.denoiser.network, number == len(parts)):
             device = part.x0.device.type
             with torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-                loss = losses_of(state.denoiser, part, state.step, settings).sum() / len(batch.x0)
-            backward: Callable[[], None] = loss.backward
+                each = losses_of(state.denoiser, part, state.step, settings)
+            # Ranks average their gradients, and may hold unequal shares of the batch.
+            backward: Callable[[], None] = (each.sum() * (settings.world / settings.global_batch_size)).backward
             backward()
-        total += float(loss.detach())
-    return total
+        losses.append(each.detach())
+    return torch.cat(losses)
 
 
 def _exchange(network: nn.Module, exchanges: bool) -> contextlib.AbstractContextManager[object]:

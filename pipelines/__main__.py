@@ -3,8 +3,11 @@
 import sys
 from collections.abc import Sequence
 
-from pipelines.config import PipelineError, parse
+from pipelines.config import InterruptedRunError, PipelineError, parse
 from pipelines.jobs import STAGES, disconnect, run_stage
+
+# What shells give a command that SIGINT ended.
+_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -18,6 +21,9 @@ def main(arguments: Sequence[str]) -> int:
             raise PipelineError(f"no stage {name!r}; there are {', '.join(STAGES)}")
         config = parse(STAGES[name].config, f"python -m pipelines {name}", flags)
         print(f"{name}: {run_stage(name, config).uri}", flush=True)
+    except InterruptedRunError as error:
+        print(error, file=sys.stderr, flush=True)
+        return _INTERRUPTED
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

@@ -12,11 +12,26 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
-from diffusion_core.config import PRESETS, GridName, Prediction, SamplerConfig, SamplerName, ScheduleName, Weighting
+from diffusion_core.config import (
+    PRESETS,
+    Decay,
+    GridName,
+    Precision,
+    Prediction,
+    SamplerConfig,
+    SamplerName,
+    ScheduleName,
+    Strategy,
+    Weighting,
+)
 
 
 class PipelineError(Exception):
     """Something a user can mend; its text is one clear line that names the thing, what was found and what to do."""
+
+
+class InterruptedRunError(PipelineError):
+    """Work that was stopped from outside after saving what was done; the same command goes on."""
 
 
 class How:
@@ -142,28 +157,59 @@ class TrainOptions(Settings):
     sigma: Literal["log_normal", "uniform_t"] = Field("log_normal", description="noise levels drawn in training")
     schedule: ScheduleName = Field("edm", description="what uniform in t means, in training and in sampling grids")
     stratified: bool = Field(True, description="spread the noise levels evenly over a batch")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="arithmetic inside the network")
+    precision: Precision = Field("float32", description="arithmetic inside the network; weights stay float32")
     steps: int = Field(900, ge=1, description="optimisation steps")
     global_batch_size: int = Field(32, ge=1, description="pictures in a step, over all workers")
-    streams: int = Field(4, ge=1, description="parallel reading positions; divides the batch, divided by the workers")
-    learning_rate: float = Field(2e-3, gt=0, description="peak of warm-up and cosine decay")
+    streams: int = Field(4, ge=1, description="parallel reading positions; divides the batch, at least one a worker")
+    learning_rate: float = Field(2e-3, gt=0, description="peak of the learning rate, after warm-up")
     warmup: int = Field(50, ge=0, description="steps of linear warm-up")
+    decay: Decay = Field("cosine", description="learning rate after warm-up: half a cosine down to 0, or constant")
     clip: float = Field(1.0, gt=0, description="largest norm of a gradient")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
     label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels hidden, for guidance")
-    ema: float = Field(0.1, gt=0, le=0.28, description="width of the weights' moving average, relative to the run")
+    ema: list[Annotated[float, Field(gt=0, le=0.28)]] = Field(
+        [0.1],
+        min_length=1,
+        description="widths of the weights' moving averages, relative to the run; the first samples",
+    )
     flip: bool = Field(False, description="mirror half of the pictures")
     seed: int = Field(0, ge=0, description="keys weights, order, noise and sigma")
+    validate_every: int = Field(300, ge=0, description="steps between looks at the held-out pictures; 0 for none")
+    patience: int = Field(0, ge=0, description="validations without a better loss before training ends; 0 goes on")
+    nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="after --nonfinite-limit: stop, or go back to the last checkpoint and skip those batches"
+    )
+    nonfinite_limit: int = Field(3, ge=1, description="losses or gradients in a row that may not be finite")
     workers: Annotated[int, How()] = Field(
         0, ge=0, description="training processes; 0 takes one per GPU, else per core, up to 2"
     )
-    micro_batches: Annotated[int, How()] = Field(
-        1, ge=1, description="parts that a worker's batch is cut into, to need less memory"
+    min_workers: Annotated[int, How()] = Field(
+        0, ge=0, description="go on with so few where nodes are lost, and grow back to --workers; 0 needs them all"
     )
+    strategy: Annotated[Strategy, How()] = Field(
+        "ddp", description="every worker holds all (ddp), or a share (fsdp), or a share within its node (hsdp)"
+    )
+    micro_batch: Annotated[str, How()] = Field(
+        "all", pattern=r"^(all|auto|[1-9]\d*)$",
+        description="pictures a worker computes at a time: all of its share, a number, or auto for what fits",
+    )  # fmt: skip
     activation_checkpointing: Annotated[bool, How()] = Field(
         False, description="compute activations again in the backward pass, to need less memory"
     )
+    compiled: Annotated[bool, How()] = Field(False, description="compile the network's blocks; needs a C++ compiler")
     checkpoint_every: Annotated[int, How()] = Field(200, ge=1, description="steps between checkpoints")
+    keep_last: Annotated[int, How()] = Field(2, ge=1, description="newest checkpoints that stay")
+    keep_every: Annotated[int, How()] = Field(0, ge=0, description="checkpoints at multiples of this stay; 0 for none")
+    publish_every: Annotated[int, How()] = Field(
+        0, ge=0, description="steps between published models; 0 publishes the end alone"
+    )
+    threads: Annotated[int, How()] = Field(0, ge=0, description="CPU threads of a worker; 0 shares all cores out")
+    restarts: Annotated[int, How()] = Field(
+        5, ge=0, description="deaths of workers in a row, without a new checkpoint between, after which to give up"
+    )
+    mlflow: Annotated[str | None, How()] = Field(None, description="MLflow's tracking address, to log there as well")
+    expect_resolution: Annotated[int | None, How()] = Field(None, description="refuse a dataset of another resolution")
+    expect_classes: Annotated[int | None, How()] = Field(None, description="refuse a dataset with other than so many")
 
     @field_validator("preset")
     @classmethod
@@ -177,6 +223,9 @@ class TrainConfig(TrainOptions, Place):
     """Train a diffusion U-Net on a dataset; resumes where an earlier run stopped."""
 
     dataset: Annotated[Uri, How()] = Field(description="URI of the dataset (its folder)")
+    parent: Annotated[Uri | None, How()] = Field(
+        None, description="URI of a published model whose weights to begin with"
+    )
 
 
 class SampleOptions(Settings):

@@ -187,10 +187,10 @@ class SampleStream:
 
     def __post_init__(self) -> None:
         """Raise PipelineError where batch, streams, workers and rows do not fit one another."""
-        if self.global_batch_size % self.streams or self.streams % self.world:
+        if self.global_batch_size % self.streams or self.streams < self.world:
             raise PipelineError(
                 f"streams: {self.streams} must divide global_batch_size={self.global_batch_size} "
-                f"and be a multiple of the {self.world} workers"
+                f"and be at least the {self.world} workers"
             )
         if self.batches_per_epoch < 1:
             raise PipelineError(

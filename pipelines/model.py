@@ -29,16 +29,31 @@ class Model:
         return self.denoiser.config
 
 
-def publish_model(
-    folder: str, config: ModelConfig, weights: dict[str, Tensor], lineage: dict[str, Any], curve: list[list[float]]
-) -> None:
-    """Write a model folder. `lineage` says what it was made of (settings, dataset); `curve` holds [step, loss] rows."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+@dataclass(frozen=True)
+class Publication:
+    """What a model folder is made of: averages of the weights by width, the first of which samples; lineage; curves.
+
+    `lineage` says where they come from (name, settings, dataset); `samples` is a grid of pictures as a PNG.
+    """
+
+    config: ModelConfig
+    averages: dict[float, dict[str, Tensor]]
+    lineage: dict[str, Any]
+    curves: dict[str, list[list[float]]]
+    samples: bytes
+
+
+def publish_model(folder: str, publication: Publication) -> None:
+    """Write a model folder. Raises PipelineError where another was published there meanwhile."""
+    first, *others = publication.averages
+    lineage, curves = publication.lineage, publication.curves
     parts = [
-        _part(folder, "model.safetensors", safetensors.torch.save(tensors)),
-        _part(folder, "config.json", storage.to_json(config.to_dict())),
-        _part(folder, "curve.json", storage.to_json(curve)),
-        _part(folder, "README.md", _card(config, lineage, curve).encode()),
+        _part(folder, "model.safetensors", _saved(publication.averages[first])),
+        *(_part(folder, f"ema-{width:g}.safetensors", _saved(publication.averages[width])) for width in others),
+        _part(folder, "config.json", storage.to_json(publication.config.to_dict())),
+        _part(folder, "curve.json", storage.to_json(curves)),
+        _part(folder, "samples.png", publication.samples),
+        _part(folder, "README.md", _card(publication).encode()),
     ]
     manifest = {"kind": "model", "schema": 1, "code": __version__, "parts": parts, "lineage": lineage}
     if storage.publish(folder, manifest) == "other":
@@ -85,14 +100,27 @@ def _part(folder: str, name: str, data: bytes) -> dict[str, Any]:
     return {"name": name, "bytes": len(data), "sha256": storage.digest(data)}
 
 
-def _card(config: ModelConfig, lineage: dict[str, Any], curve: list[list[float]]) -> str:
+def _saved(weights: dict[str, Tensor]) -> bytes:
+    return safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in weights.items()})
+
+
+def _card(publication: Publication) -> str:
     """The model card in Markdown."""
+    config, lineage = publication.config, publication.lineage
+    curve, validation = publication.curves["curve"], publication.curves["validation"]
     classes = ", ".join(config.class_names) or "none (unconditional)"
     rows = "\n".join(f"| {key} | {value} |" for key, value in sorted(lineage["settings"].items()))
-    loss = f"{curve[-1][1]:.4f} after {int(curve[-1][0])} steps" if curve else "not recorded"
+    told = [f"{curve[-1][1]:.4f} in training after {int(curve[-1][0])} steps"] if curve else []
+    told += [f"{validation[-1][1]:.4f} on held-out pictures"] if validation else []
+    widths = ", ".join(f"{width:g}" for width in publication.averages)
+    size = config.unet.resolution
     return (
-        f"# {lineage['name']}\n\nA diffusion U-Net for {config.unet.resolution}x{config.unet.resolution} pictures, "
-        f"prediction {config.prediction}, sigma_data {config.sigma_data:.4f}.\n\n"
-        f"- Classes: {classes}\n- Dataset: {lineage['dataset']}\n- Training loss: {loss}\n\n"
-        f"| setting | value |\n|---|---|\n{rows}\n"
+        f"# {lineage['name']}\n\nA diffusion U-Net for {size}x{size} pictures, "
+        f"prediction {config.prediction}, sigma_data {config.sigma_data:.4f}.\n\n![samples](samples.png)\n\n"
+        f"- Classes: {classes}\n- Dataset: {lineage['dataset']} (digest {lineage['dataset_digest']})\n"
+        f"- Loss: {', '.join(told) or 'not recorded'}\n"
+        f"- Averages of the weights, by relative width: {widths}; the first is model.safetensors\n\n"
+        f"| setting | value |\n|---|---|\n{rows}\n\n"
+        "`config.json` and a `.safetensors` file are all that `diffusion_core` needs to load it; `curve.json`\n"
+        "holds the losses, `manifest.json` the checksums.\n"
     )

@@ -84,11 +84,11 @@ class Board:
 
 
 @contextlib.contextmanager
-def printed_board() -> Iterator[Any]:
-    """Handle of a `Board` on the connected Ray, whose lines this process prints as they come."""
+def printed_board(kind: type[Board] = Board, *arguments: Any) -> Iterator[Any]:
+    """Handle of a board on the connected Ray, whose lines this process prints as they come."""
     import ray
 
-    board = ray.remote(num_cpus=0)(Board).remote()
+    board = ray.remote(num_cpus=0)(kind).remote(*arguments)
     stopped = threading.Event()
 
     def show() -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
@@ -27,23 +28,26 @@ def grid(pictures: Pixels, columns: int) -> Pixels:
     return sheet
 
 
-def loss_curve(curve: list[list[float]]) -> str:
-    """The training loss by step as an SVG drawing."""
+def loss_curve(curve: list[list[float]], validation: Sequence[list[float]] = (), kind: str = "svg") -> bytes:
+    """The training loss by step, and the held-out loss where there is one, as a drawing ("svg" or "png")."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 2.8), layout="constrained")
     axes = figure.subplots()
     steps, losses = zip(*curve, strict=True) if curve else ((), ())
-    axes.plot(steps, losses, color="#b9c6e4", linewidth=1, label="mean of 10 steps")
+    axes.plot(steps, losses, color="#b9c6e4", linewidth=1, label="training, mean of 10 steps")
     axes.plot(steps, _smooth(np.array(losses)), color="#2f5cc9", linewidth=2, label="smoothed")
+    if validation:
+        axes.plot([row[0] for row in validation], [row[1] for row in validation], color="#d1495b", marker="o",
+                  markersize=3, linewidth=1.5, label="held out, averaged weights")  # fmt: skip
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.grid(color="#8884", linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    figure.savefig(buffer, format=kind, transparent=kind == "svg", metadata=metadata, dpi=150)
+    return buffer.getvalue()
 
 
 def collect(uris: dict[str, str], seconds: dict[str, float], settings: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +60,7 @@ def collect(uris: dict[str, str], seconds: dict[str, float], settings: dict[str,
         "name": dataset["name"], "uris": uris, "seconds": seconds, "settings": settings,
         "dataset": {key: dataset[key] for key in ("counts", "reasons", "classes", "resolution", "mean", "sigma_data")},
         "rows": {split: sum(shard["rows"] for shard in shards) for split, shards in dataset["shards"].items()},
-        "training": {"settings": model["lineage"]["settings"], "curve": storage.read_json(
+        "training": {"settings": model["lineage"]["settings"], "curves": storage.read_json(
             storage.join(uris["train"], "curve.json"))},
         "figures": evaluation["figures"], "bulk": {"rows": images["rows"], "shards": len(images["parts"])},
     }  # fmt: skip
@@ -73,7 +77,7 @@ def write_report(store: str, report: dict[str, Any]) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"duration": duration, "percent": lambda share: f"{100 * share:.1f} %"}
     page = environment.from_string(text).render(
-        **report, pictures=pictures, curve=markupsafe.Markup(loss_curve(report["training"]["curve"]))
+        **report, pictures=pictures, curve=markupsafe.Markup(_inline(loss_curve(**report["training"]["curves"])))
     )
     storage.write_bytes(storage.join(store, "report.json"), storage.to_json(report))
     storage.write_bytes(storage.join(store, "report.html"), page.encode())
@@ -87,6 +91,12 @@ def _smooth(values: np.ndarray[Any, np.dtype[np.float64]], keep: float = 0.8) ->
         total, weight = keep * total + value, keep * weight + 1
         out.append(total / weight)
     return out
+
+
+def _inline(svg: bytes) -> str:
+    """An SVG drawing as part of a page."""
+    text = svg.decode()
+    return text[text.index("<svg") :]
 
 
 def _data_uri(png: bytes) -> str:

@@ -56,11 +56,15 @@ class NotFoundError(StorageError):
     """There is no object at this URI."""
 
 
+class DamagedError(StorageError):
+    """An object whose bytes are not those that a manifest promised."""
+
+
 class _TakenError(StorageError):
     """There is an object already where one was to be created."""
 
 
-class _DamagedError(OSError):
+class _GarbledError(OSError):
     """Bytes that arrived are not those that were sent."""
 
 
@@ -215,11 +219,11 @@ def put_part(folder: str, stem: str, suffix: str, data: bytes) -> dict[str, Any]
 
 
 def read_part(folder: str, part: dict[str, Any]) -> bytes:
-    """The bytes of a part that `put_part` described. Raises StorageError where they are not those of the manifest."""
+    """The bytes of a part that `put_part` described. Raises DamagedError where they are not those of the manifest."""
     uri = join(folder, part["name"])
     data = read_bytes(uri)
     if digest(data) != part["sha256"]:
-        raise StorageError(f"{uri}: checksum {digest(data)[:8]}… but manifest says {part['sha256'][:8]}…; make it anew")
+        raise DamagedError(f"{uri}: checksum {digest(data)[:8]}… but manifest says {part['sha256'][:8]}…; make it anew")
     return data
 
 
@@ -293,7 +297,7 @@ def _is_transient(error: BaseException) -> bool:
         return status >= 500 or status in (408, 429) or answer.get("Error", {}).get("Code") in _THROTTLED
     if isinstance(error, _BROKEN_WAY):
         return True
-    if isinstance(error, (_DamagedError, ConnectionError, TimeoutError, aiohttp.ClientError)):
+    if isinstance(error, (_GarbledError, ConnectionError, TimeoutError, aiohttp.ClientError)):
         return True
     return isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO
 
@@ -332,7 +336,7 @@ def _read_span(uri: str, span: list[tuple[int, int, int]]) -> list[bytes]:
     parts = [data[offset - start : offset - start + length] for offset, length, _ in span]
     for part, (offset, length, checksum) in zip(parts, span, strict=True):
         if len(part) != length or zlib.crc32(part) != checksum:
-            raise _DamagedError(f"bytes {offset} to {offset + length} are not those that were written")
+            raise _GarbledError(f"bytes {offset} to {offset + length} are not those that were written")
     return parts
 
 
@@ -351,7 +355,7 @@ def _fetch(info: ObjectInfo, path: str) -> None:
 def _block(uri: str, start: int, end: int) -> bytes:
     data: bytes = _filesystem(uri).cat_file(_path(uri), start=start, end=end)
     if len(data) != end - start:
-        raise _DamagedError(f"bytes {start} to {end}: {len(data)} arrived")
+        raise _GarbledError(f"bytes {start} to {end}: {len(data)} arrived")
     return data
 
 
@@ -361,7 +365,7 @@ def _check(info: ObjectInfo, size: int, md5: Callable[[], str]) -> None:
         _check_unchanged(info)
         return
     if size != info.size:
-        raise _DamagedError(f"{size} bytes arrived, {info.size} expected")
+        raise _GarbledError(f"{size} bytes arrived, {info.size} expected")
     if re.fullmatch("[0-9a-f]{32}", info.version) and md5() != info.version:
         _explain_mismatch(info)
 
@@ -377,7 +381,7 @@ def _explain_mismatch(info: ObjectInfo) -> None:
     bucket, _, key = _path(info.uri).partition("/")
     head = _filesystem(info.uri).call_s3("head_object", Bucket=bucket, Key=key)
     if not (str(head.get("ServerSideEncryption", "")).startswith("aws:kms") or "SSECustomerAlgorithm" in head):
-        raise _DamagedError(f"MD5 of what arrived is not {info.version[:8]}… as the store says")
+        raise _GarbledError(f"MD5 of what arrived is not {info.version[:8]}… as the store says")
 
 
 def _stat(uri: str) -> ObjectInfo:
@@ -531,5 +535,9 @@ def _named(uri: str) -> Iterator[None]:
     except (OSError, botocore.exceptions.BotoCoreError, aiohttp.ClientError) as error:
         if getattr(error, "errno", None) in _NO_NAME:
             raise NotFoundError(f"{uri}: not found; no object can have this name") from error
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(
+                f"{uri}: no space left to write it; free some (du -sh on the store) and run the same command again"
+            ) from error
         reason = getattr(error, "strerror", None) or str(error) or repr(error)
         raise StorageError(f"{uri}: {type(error).__name__}: {reason.splitlines()[0]}") from error

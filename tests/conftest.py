@@ -144,19 +144,17 @@ def tiny_dataset(tmp_path_factory, cartoon_shards, ray_session):
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory, tiny_dataset):
     """URI of a model of 8x8 cartoons after three steps."""
-    import torch
-
     from pipelines.config import TrainConfig
-    from pipelines.train import find, train_on_rank
+    from pipelines.train import Host, find, train_on_rank
 
     config = TrainConfig(store=str(tmp_path_factory.mktemp("models")), dataset=tiny_dataset, **TINY)
-    train_on_rank(config, 0, 1, torch.device("cpu"), emit=lambda _: None)
+    train_on_rank(config, host=Host(emit=lambda _: None))
     found = find(config)
     assert found is not None
     return found.uri
 
 
-TINY = {"name": "tiny", "preset": "tiny", "steps": 3, "global_batch_size": 8, "warmup": 1}
+TINY = {"name": "tiny", "preset": "tiny", "steps": 3, "global_batch_size": 8, "warmup": 1, "threads": 1}
 
 
 def four_free_ports():

@@ -9,7 +9,8 @@ from diffusion_core.denoiser import Denoiser
 from diffusion_core.ema import Profile
 from diffusion_core.noise import derive_seeds, uniform
 from diffusion_core.schedules import SigmaDistribution
-from diffusion_core.training import Batch, Optimisation, learning_rate, losses_of, new_state, shard, train_step
+from diffusion_core.strategies import shard
+from diffusion_core.training import Batch, Optimisation, learning_rate, losses_of, new_state, train_step
 from diffusion_core.unet import UNet
 
 SETTINGS = Optimisation(

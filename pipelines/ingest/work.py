@@ -14,7 +14,7 @@ from pipelines.dataset import Dataset
 from pipelines.ingest.sources import Listing, fingerprint, list_sources
 from pipelines.ingest.units import to_parquet
 
-VERSION = 2
+VERSION = 3
 _SOURCES = pa.schema([("uri", pa.string()), ("size", pa.int64()), ("version", pa.string())])
 
 

@@ -1,0 +1,7 @@
+"""The train stage: Ray Train runs one process per device; the store holds the truth that it resumes from."""
+
+from pipelines.train.loop import train_on_rank
+from pipelines.train.session import Host
+from pipelines.train.stage import find, run
+
+__all__ = ["Host", "find", "run", "train_on_rank"]

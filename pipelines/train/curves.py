@@ -1,0 +1,169 @@
+"""What can be watched while a run trains: a progress line, TensorBoard's events, MLflow's metrics, curve.png."""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion_core.config import UNetConfig
+from diffusion_core.flops import peak_flops, training_flops
+from diffusion_core.strategies import Ranks
+from pipelines import storage
+from pipelines.config import PipelineError
+from pipelines.images import Pixels
+from pipelines.report import loss_curve
+from pipelines.train.plan import Record
+from pipelines.train.validation import LEVELS
+
+# Edges of the noise levels by which the training loss is told.
+EDGES = (0.1, 0.3, 1.0)
+_EXPERIMENT = "image-diffusion"
+_ROTATE_BYTES = 4 * 2**20
+
+
+@dataclass
+class Watch:
+    """Steps since the last line: since when, seconds of waiting for data, and sums of losses by noise level."""
+
+    began: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+    steps: int = 0
+    levels: list[float] = field(default_factory=lambda: [0.0] * (2 * len(EDGES) + 2))
+
+    def count(self, levels: list[float]) -> None:
+        """One step more, with what `level_sums` found in it."""
+        self.steps += 1
+        self.levels = [a + b for a, b in zip(self.levels, levels, strict=True)]
+
+
+class Events:
+    """TensorBoard's event files and MLflow's metrics of one run, on rank 0; TensorBoard's are kept in the store."""
+
+    def __init__(
+        self, run: str, step: int, mlflow: str | None, settings: dict[str, Any], tell: Callable[[str], None]
+    ) -> None:
+        self.run, self.folder, self.tell = run, tempfile.TemporaryDirectory(prefix="tensorboard-"), tell
+        self.mlflow = _MlflowRun(mlflow, run, settings) if mlflow else None
+        self.writer = self._open(step)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Numbers by name at a step."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        if self.mlflow:
+            trouble = self.mlflow.log(values, step)
+            if trouble:
+                self.tell(f"train: step {step} is missing in MLflow: {trouble}")
+
+    def picture(self, name: str, pixels: Pixels, step: int) -> None:
+        """A picture, uint8 [H, W, 3]."""
+        self.writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def keep(self, step: int, record: Record) -> None:
+        """Bring what there is into the store, and draw the curve anew."""
+        self.writer.flush()
+        for name in sorted(os.listdir(self.folder.name)):
+            path = os.path.join(self.folder.name, name)
+            with open(path, "rb") as file:
+                data = file.read()
+            storage.write_bytes(storage.join(self.run, "tensorboard", name), data)
+            if len(data) > _ROTATE_BYTES:
+                self.writer.close()
+                os.unlink(path)
+                self.writer = self._open(step)
+        png = loss_curve(record.curve, record.validation, "png")
+        storage.write_bytes(storage.join(self.run, "curve.png"), png)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self.writer.close()
+        self.folder.cleanup()
+
+    def _open(self, step: int) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Steps that a stopped run had told before, and that are told again, are dropped by purge_step.
+        return SummaryWriter(self.folder.name, purge_step=step + 1)
+
+
+class _MlflowRun:
+    """The MLflow run of a training run, found again by its address."""
+
+    def __init__(self, address: str, run: str, settings: dict[str, Any]) -> None:
+        try:
+            from mlflow import MlflowClient
+            from mlflow.exceptions import MlflowException
+        except ImportError as error:
+            raise PipelineError(f"--mlflow {address}: pip install mlflow-skinny first") from error
+        self.trouble = MlflowException
+        try:
+            self.client = MlflowClient(tracking_uri=address)
+            self.run_id = self._found("/".join(run.split("/")[-2:]), settings)
+        except MlflowException as error:
+            raise PipelineError(f"--mlflow {address}: {str(error).splitlines()[0]}") from error
+
+    def _found(self, name: str, settings: dict[str, Any]) -> str:
+        """The id of the run of this name, begun with its settings where there is none."""
+        experiment = self.client.get_experiment_by_name(_EXPERIMENT)
+        number = experiment.experiment_id if experiment else self.client.create_experiment(_EXPERIMENT)
+        known = self.client.search_runs([number], f"attributes.run_name = '{name}'")
+        if known:
+            return str(known[0].info.run_id)
+        begun = str(self.client.create_run(number, run_name=name).info.run_id)
+        for key, value in settings.items():
+            self.client.log_param(begun, key, value)
+        return begun
+
+    def log(self, values: dict[str, float], step: int) -> str:
+        """Metrics at a step; what went wrong, for which no training should stop."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        try:
+            self.client.log_batch(self.run_id, [Metric(name, value, now, step) for name, value in values.items()])
+        except self.trouble as error:
+            return str(error).splitlines()[0]
+        return ""
+
+
+def level_sums(losses: Tensor, sigma: Tensor) -> list[float]:
+    """Sums of losses [B] between EDGES of the noise level [B], then their counts."""
+    level = np.digitize(sigma.cpu().numpy(), EDGES)
+    sums = np.zeros((2, len(EDGES) + 1))
+    np.add.at(sums[0], level, losses.double().cpu().numpy())
+    np.add.at(sums[1], level, 1)
+    return [float(value) for value in sums.flatten()]
+
+
+def level_scalars(sums: list[float]) -> dict[str, float]:
+    """Mean losses by noise level, by the names that TensorBoard shows, from sums over ranks."""
+    names = [f"loss at sigma/{low:g} to {high:g}" for low, high in zip((0, *EDGES), (*EDGES, 80), strict=True)]
+    losses, counts = np.array(sums).reshape(2, -1)
+    return {name: float(loss / count) for name, loss, count in zip(names, losses, counts, strict=True) if count}
+
+
+def validation_scalars(row: list[float]) -> dict[str, float]:
+    """A row of the validation by the names that TensorBoard shows."""
+    levels = {f"held-out loss at sigma/{level:g}": loss for level, loss in zip(LEVELS, row[2:], strict=True)}
+    return {"held-out loss": row[1]} | {name: loss for name, loss in levels.items() if np.isfinite(loss)}
+
+
+def utilisation(unet: UNetConfig, ranks: Ranks, rate: float) -> dict[str, float]:
+    """Model FLOPs utilisation at `rate` pictures a second: the share of what all devices could do in 16-bit floats."""
+    peak = peak_flops(ranks.device)
+    return {"MFU": rate * training_flops(unet) / (peak * ranks.world)} if peak else {}
+
+
+def memory_bytes(ranks: Ranks) -> int:
+    """Peak of what this rank has held: on its GPU, or of resident memory."""
+    if ranks.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(ranks.device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

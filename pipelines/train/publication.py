@@ -1,0 +1,65 @@
+"""A model folder from the state of a run: averages, samples, curves, card."""
+
+import torch
+from torch import Tensor
+
+from diffusion_core.config import ModelConfig, SamplerConfig
+from diffusion_core.denoiser import Denoiser, guidance, guided
+from diffusion_core.noise import derive_seeds
+from diffusion_core.samplers import make_plan, model_grid, sample, start_noise
+from diffusion_core.strategies import Ranks
+from diffusion_core.training import TrainState
+from diffusion_core.unet import UNet
+from pipelines import storage
+from pipelines.checkpoint import whole
+from pipelines.config import TrainConfig, what
+from pipelines.dataset import Dataset
+from pipelines.images import Pixels, to_bytes, to_png
+from pipelines.model import Publication, publish_model
+from pipelines.report import grid
+from pipelines.train.plan import Record, parent_digest, published
+
+_COLUMNS = 8
+_SEED = 7
+_GUIDANCE = 2.0
+_STEPS = 18
+
+
+def publish(
+    run: str, config: TrainConfig, dataset: Dataset, state: TrainState, record: Record, ranks: Ranks
+) -> str:  # fmt: skip
+    """The model folder of the state's step, written by rank 0 from what all ranks hold; its URI.
+
+    What is there already stays: the same step of the same run has the same weights.
+    """
+    folder = published(run, state.step)
+    averages = {width: whole(average) for width, average in zip(config.ema, state.ema, strict=True)}
+    if ranks.rank == 0 and not storage.is_published(folder):
+        model = state.denoiser.config
+        lineage = {
+            "name": config.name, "settings": what(config), "dataset": dataset.uri, "dataset_digest": dataset.digest,
+            "step": state.step, "parent": parent_digest(config),
+        }  # fmt: skip
+        curves = {"curve": record.curve, "validation": record.validation}
+        pictures = to_png(samples(model, averages[config.ema[0]], ranks.device))
+        publish_model(folder, Publication(model, averages, lineage, curves, pictures))
+    return folder
+
+
+@torch.no_grad()
+def samples(model: ModelConfig, weights: dict[str, Tensor], device: torch.device) -> Pixels:
+    """A grid of pictures from fixed seeds, one column a class: uint8 [H, W, 3]."""
+    network = UNet(model.unet)
+    network.load_state_dict(weights)
+    network = network.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    columns = min(_COLUMNS, model.unet.classes) or _COLUMNS
+    rows = 2 if model.unet.classes else 1
+    seeds = derive_seeds(_SEED, torch.arange(columns * rows, device=device))
+    label = torch.arange(columns, device=device).repeat(rows) if model.unet.classes else None
+    scale = guidance(torch.full((columns * rows,), _GUIDANCE, device=device))
+    denoiser = Denoiser(network, model)
+    sampler = SamplerConfig()
+    plan = make_plan(sampler, model_grid(sampler, model))
+    start = start_noise(plan, seeds, (model.unet.channels, model.unet.resolution, model.unet.resolution))
+    drawn = sample(lambda x, sigma: guided(denoiser, x, sigma, label, scale), plan, start, seeds)
+    return grid(to_bytes(drawn.cpu().numpy()), columns)

@@ -1,0 +1,247 @@
+"""The train stage: Ray Train runs one process per device; the store holds the truth that it resumes from."""
+
+import contextlib
+import os
+import signal
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from diffusion_core.strategies import Ranks
+from pipelines import storage
+from pipelines.checkpoint import latest_step
+from pipelines.config import InterruptedRunError, Outcome, PipelineError, TrainConfig
+from pipelines.dataset import open_dataset
+from pipelines.progress import Board, printed_board
+from pipelines.train.loop import train_on_rank
+from pipelines.train.plan import check, result, run_uri
+from pipelines.train.session import Host
+
+_MAX_WORKERS = 2
+_POLL_S = 0.5
+_RESIZE_EVERY_S = 30.0
+
+
+class TrainBoard(Board):
+    """A board on which driver and workers also leave word for one another: to stop, what failed, how far they are."""
+
+    def __init__(self, patience: int) -> None:
+        super().__init__()
+        self.patience, self.restarts = patience, 0
+        self.asked, self.failure, self.trace = False, "", ""
+        self.step: int | None = None
+
+    def ask(self) -> None:
+        """The driver wants the workers to save and stop."""
+        self.asked = True
+
+    def is_asked(self) -> bool:
+        """Whether the workers are to save and stop."""
+        return self.asked
+
+    def fail(self, message: str) -> None:
+        """A worker met what a restart does not mend; the first one's words count."""
+        self.failure = self.failure or message
+
+    def crash(self, trace: str) -> None:
+        """A worker died of this."""
+        self.trace = trace
+
+    def failed(self) -> str:
+        """What a restart does not mend; empty where all is well."""
+        return self.failure
+
+    def begin(self, step: int | None) -> str:
+        """A group of workers begins at the checkpoint of `step`; the reason why it must not, or nothing."""
+        self.restarts = self.restarts + 1 if step == self.step else 0
+        self.step = step
+        if self.restarts > self.patience:
+            last = (
+                self.trace.strip().splitlines()[-1] if self.trace else "killed from outside, often for want of memory"
+            )
+            self.fail(
+                f"train: workers died {self.restarts} times without a new checkpoint after step {step or 0}; the last: "
+                f"{last}; lower --checkpoint-every, or see --micro-batch and python -m pipelines plan"
+            )
+        return self.failure
+
+
+def find(config: TrainConfig) -> Outcome | None:
+    """The model of these settings and this dataset, if it is published."""
+    uri = result(run_uri(config, open_dataset(config.dataset)))
+    return Outcome(uri=uri, found=True) if uri and storage.is_published(uri) else None
+
+
+def run(config: TrainConfig) -> Outcome:
+    """Train to the last step and publish the model; goes on at the newest checkpoint of an earlier run.
+
+    Raises PipelineError where dataset and settings do not fit, before any worker starts, and InterruptedRunError where
+    it was stopped from outside and has saved what was done.
+    """
+    dataset = open_dataset(config.dataset)
+    check(config, dataset)
+    _fit(config, *_workers(config))
+    uri = run_uri(config, dataset)
+    made = result(uri)
+    if made is None:
+        raise InterruptedRunError(
+            f"train: stopped and saved at step {_saved(config) or 0} of {config.steps}; run the same command to go on"
+        )
+    return Outcome(uri=made, found=False)
+
+
+def _workers(config: TrainConfig) -> tuple[int, bool]:
+    """How many processes, and whether each has a GPU."""
+    import ray
+
+    resources = ray.cluster_resources()
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    wanted = config.workers or min(config.streams, gpus or min(cpus, _MAX_WORKERS))
+    if min(wanted, config.min_workers or wanted) > (gpus or cpus):
+        raise PipelineError(f"workers: {wanted} asked for, but Ray has {gpus} GPUs and {cpus} cores; lower --workers")
+    return wanted, gpus > 0
+
+
+def _fit(config: TrainConfig, workers: int, use_gpu: bool) -> None:
+    """Run `_loop` on all workers under Ray Train, which starts them again when one dies."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+    elastic = config.min_workers and config.min_workers < workers
+    # Ray Train's own folder holds nothing that is read again: checkpoints go to the store.
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-train-") as scratch,
+        printed_board(TrainBoard, config.restarts) as board,
+    ):
+        trainer = TorchTrainer(
+            _loop,
+            train_loop_config={"config": config.model_dump(mode="json"), "use_gpu": use_gpu, "board": board},
+            scaling_config=ScalingConfig(
+                num_workers=(config.min_workers, workers) if elastic else workers, use_gpu=use_gpu,
+                elastic_resize_monitor_interval_s=_RESIZE_EVERY_S,
+            ),
+            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+            # The board counts restarts, and forgets those that were followed by a new checkpoint.
+            run_config=RunConfig(name=config.name, storage_path=scratch, failure_config=FailureConfig(max_failures=-1)),
+        )  # fmt: skip
+        _wait_for(trainer.fit, board)
+
+
+def _wait_for(fit: Callable[[], Any], board: Any) -> None:
+    """Run `fit` in a thread, so that Ctrl-C and SIGTERM ask the workers to save and stop; a second one goes at once.
+
+    Raises PipelineError with what a worker said that no restart mends.
+    """
+    import ray
+
+    errors: list[BaseException] = []
+
+    def runs() -> None:
+        try:
+            fit()
+        except Exception as error:  # noqa: BLE001 - raised again below, in the thread that is waited in
+            errors.append(error)
+
+    thread = threading.Thread(target=runs, name="ray-train", daemon=True)
+    thread.start()
+    with _asking(lambda: board.ask.remote()):
+        while thread.is_alive():
+            thread.join(_POLL_S)
+    failure = ray.get(board.failed.remote())
+    if failure:
+        raise PipelineError(failure)
+    if errors:
+        raise errors[0]
+
+
+def _saved(config: TrainConfig) -> int | None:
+    """The step of the newest checkpoint."""
+    return latest_step(run_uri(config, open_dataset(config.dataset)))
+
+
+@contextlib.contextmanager
+def _asking(ask: Callable[[], object]) -> Iterator[None]:
+    """The first SIGINT or SIGTERM calls `ask`, the next interrupts; in a thread that hears no signals, nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def heard(number: int, _: object) -> None:
+        print(f"train: {signal.Signals(number).name}: saving; once more stops at once", flush=True)
+        for each, former in handlers.items():
+            signal.signal(each, former)
+        ask()
+
+    handlers = {each: signal.signal(each, heard) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, former in handlers.items():
+            signal.signal(each, former)
+
+
+def _loop(arguments: dict[str, Any]) -> None:
+    """What every worker does: train from where the store is, to the end or until it is asked to stop."""
+    import ray
+    from ray import train
+    from ray.train import collective
+
+    config, board = TrainConfig.model_validate(arguments["config"]), arguments["board"]
+    context = train.get_context()
+    device = train.torch.get_device() if arguments["use_gpu"] else torch.device("cpu")
+    ranks = Ranks(context.get_world_rank(), context.get_world_size(), context.get_local_world_size(), device)
+    first = ray.get(board.begin.remote(_saved(config))) if ranks.rank == 0 else ""
+    if collective.broadcast_from_rank_zero(first):
+        return
+    with _heard(board) as asked:
+        host = Host(lambda line: board.post.remote(line), asked, _Notices(), lambda told: train.report(told), True)
+        try:
+            train_on_rank(config, ranks, host)
+        except PipelineError as error:
+            # Other ranks may wait for this one: it must end as a failure, and the next start ends all.
+            ray.get(board.fail.remote(str(error)))
+            raise
+        except Exception:
+            ray.get(board.crash.remote(traceback.format_exc()))
+            raise
+
+
+@contextlib.contextmanager
+def _heard(board: Any) -> Iterator[Callable[[], bool]]:
+    """Whether the driver wants the workers to stop, asked for beside the training so that no step waits for it."""
+    import ray
+
+    asked, done = threading.Event(), threading.Event()
+
+    def listen() -> None:
+        while not done.wait(_POLL_S):
+            if ray.get(board.is_asked.remote()):
+                asked.set()
+                return
+
+    threading.Thread(target=listen, name="board", daemon=True).start()
+    try:
+        yield asked.is_set
+    finally:
+        done.set()
+
+
+class _Notices:
+    """Whether Ray has newly heard that a node of the group will be taken away; all ranks call it together."""
+
+    def __init__(self) -> None:
+        self.known: set[str] = set()
+
+    def __call__(self) -> bool:
+        from ray import train
+
+        info = train.get_preemption_info()
+        fresh = set(info.preempted_node_ids if info else ()) - self.known
+        self.known |= fresh
+        return bool(fresh)

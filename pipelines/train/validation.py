@@ -1,0 +1,99 @@
+"""The loss on held-out pictures at fixed noise levels with fixed noise, comparable between runs and models."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffusion_core.losses import per_sample_loss
+from diffusion_core.noise import derive_seeds, normal
+from diffusion_core.strategies import Ranks
+from diffusion_core.training import TrainState
+from pipelines.dataset import Dataset, Rows
+from pipelines.images import to_floats
+
+# From faint noise to nothing but noise; picture i is looked at with level i modulo their number.
+LEVELS = (0.05, 0.15, 0.4, 1.0, 3.0, 10.0)
+_PICTURES = 384
+_AT_A_TIME = 32
+# Not the run's seed: the same noise for every run.
+_SEED = 20_061
+
+
+class Share(NamedTuple):
+    """A rank's part of the held-out pictures; the last of its rows may be there only to make all parts equal."""
+
+    rows: Rows
+    real: int
+
+
+def heldout_share(dataset: Dataset, ranks: Ranks) -> Share | None:
+    """A rank's share of the first held-out pictures, as many as others'; None where nothing is held out."""
+    if not dataset.rows("heldout"):
+        return None
+    rows = dataset.read("heldout", _PICTURES)
+    count = len(rows.ids)
+    own = np.arange(ranks.rank, -(-count // ranks.world) * ranks.world, ranks.world)
+    return Share(_part(rows, np.minimum(own, count - 1)), int((own < count).sum()))
+
+
+@torch.no_grad()
+def loss_sums(state: TrainState, share: Share, device: torch.device) -> list[float]:
+    """Sum of this rank's losses at each of LEVELS, then their counts: the first average's error on D, by EDM's weight.
+
+    That weight makes networks of different predictions comparable (Karras et al. 2022, table 1).
+    """
+    rows, classes = share.rows, state.denoiser.config.unet.classes
+    with averaged(state):
+        parts = [
+            _losses(state, _part(rows, np.arange(first, min(first + _AT_A_TIME, len(rows.ids)))), classes, device)
+            for first in range(0, len(rows.ids), _AT_A_TIME)
+        ]
+    losses, levels = torch.cat(parts).cpu().double().numpy()[: share.real], rows.ids[: share.real] % len(LEVELS)
+    sums = np.zeros((2, len(LEVELS)))
+    np.add.at(sums[0], levels, losses)
+    np.add.at(sums[1], levels, 1)
+    return [float(value) for value in sums.flatten()]
+
+
+def by_level(sums: list[float]) -> list[float]:
+    """The mean over levels, then the loss at each level, from sums over all ranks; levels without a picture are NaN."""
+    losses, counts = np.array(sums).reshape(2, -1)
+    means = np.divide(losses, counts, out=np.full_like(losses, np.nan), where=counts > 0)
+    return [float(np.nanmean(means)), *map(float, means)]
+
+
+@contextlib.contextmanager
+def averaged(state: TrainState) -> Iterator[None]:
+    """The network with the first average's weights, put back afterwards."""
+    weights = state.network.eval().state_dict()
+    kept = {name: value.detach().clone() for name, value in weights.items()}
+    _copy(state.ema[0], weights)
+    try:
+        yield
+    finally:
+        _copy(kept, weights)
+        state.network.train()
+
+
+def _part(rows: Rows, where: NDArray[np.int64]) -> Rows:
+    return Rows(rows.pixels[where], rows.labels[where], rows.ids[where])
+
+
+def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+    for name, value in source.items():
+        target[name].copy_(value)
+
+
+def _losses(state: TrainState, rows: Rows, classes: int, device: torch.device) -> Tensor:
+    """Losses [B] of a few pictures."""
+    x0 = torch.from_numpy(to_floats(rows.pixels)).to(device, memory_format=torch.channels_last)
+    ids = torch.from_numpy(rows.ids).to(device)
+    label = torch.from_numpy(np.where(rows.labels < 0, classes, rows.labels)).to(device) if classes else None
+    sigma = torch.tensor(LEVELS, device=device)[ids % len(LEVELS)]
+    noise = normal(derive_seeds(_SEED, ids), "train_noise", 0, x0.shape[1:], x0.dtype)
+    return per_sample_loss(state.denoiser, x0, sigma, noise, label, "edm")
