@@ -27,6 +27,11 @@ from diffusion_core.unet import Block, UNet
 # Every byte count is a whole multiple of the batch plus what does not grow with it. In a batch of so many pictures,
 # which costs nothing without storage, the one is the quotient and the other the remainder.
 _MANY = 2**32
+# The part of a device's memory that a prediction may fill: the rest is for what it does not know of, the device's own
+# needs and the gaps between tensors.
+USABLE = 0.85
+# What a process on a CPU has beside its tensors once it trains: modules, the graph, kernels made at run time. Measured.
+_PROCESS = 6 * 2**20
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ class Memory:
     """Bytes that a rank holds at the peak of a step, by what they are.
 
     `gathered` are blocks brought together from their shards, and their gradients before these are shared out;
-    `copies` the bfloat16 copies that autocast makes of weights; `workspace` what kernels take inside an operation.
+    `copies` the bfloat16 copies that autocast makes of weights; `workspace` what kernels take inside an operation, and
+    on a CPU the process itself.
     """
 
     parameters: int
@@ -155,8 +161,10 @@ def levers(
 
 
 def memory_of(device: torch.device, local_world: int = 1) -> int:
-    """Bytes that one of `local_world` ranks on a node can have: its GPU's, or its part of the machine's (or the
-    container's)."""
+    """Bytes that one of `local_world` ranks on a node can have.
+
+    Those of its GPU; else its part of the machine's memory, or of what the container may take.
+    """
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -190,9 +198,7 @@ def _parts(share: int, micro_batch: int) -> int:
     return -(-share // micro_batch)
 
 
-def _spread(
-    weights: Weights, trace: Trace, shards: int, parts: int, settings: Optimisation
-) -> tuple[Tensor, Tensor]:
+def _spread(weights: Weights, trace: Trace, shards: int, parts: int, settings: Optimisation) -> tuple[Tensor, Tensor]:
     """Gradients that stay, and what is gathered for a while, bytes [N]."""
     whole = weights.share(1)
     if shards == 1:
@@ -210,8 +216,9 @@ def _spread(
 
 
 def _workspace(weights: Weights, ranks: Ranks) -> int:
-    """What kernels take inside an operation: the largest weight in another layout."""
-    return max(4 * shape.numel() for shape in weights.shapes)
+    """What kernels take inside an operation: the largest weight in another layout; and the process on a CPU."""
+    largest = max(4 * shape.numel() for shape in weights.shapes)
+    return largest + (_PROCESS if ranks.device.type == "cpu" else 0)
 
 
 def _essence(settings: Optimisation) -> Optimisation:
@@ -265,7 +272,7 @@ class _Row(NamedTuple):
     backward: bool
 
 
-class _Recorder(MemTracker):
+class _Recorder(MemTracker):  # type: ignore[no-untyped-call]
     """PyTorch's tracker, of which every moment is kept: its own peak would be that of a rank alone."""
 
     def __init__(self) -> None:
@@ -284,11 +291,11 @@ class _Recorder(MemTracker):
             self.rows.append(_Row(gradients, copies, others, self.block, backward))
 
 
-class _Answers(TorchDispatchMode):
+class _Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Tensors without storage have no values to look at: whoever asks is told 0, and that no value was wrong."""
 
     def __init__(self, tracker: MemTracker) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tracker = tracker
 
     def __torch_dispatch__(
@@ -296,7 +303,9 @@ class _Answers(TorchDispatchMode):
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return 0
-        if func is torch.ops.aten.index.Tensor and any(mask is not None and mask.dtype == torch.bool for mask in args[1]):
+        if func is torch.ops.aten.index.Tensor and any(
+            mask is not None and mask.dtype == torch.bool for mask in args[1]
+        ):
             return args[0].new_empty(0)
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter):
@@ -320,7 +329,7 @@ def _enter(tracker: _Recorder, size: int) -> None:
 def _leave(tracker: _Recorder, enters: Callable[[], None], _: nn.Module, __: Any, out: Tensor) -> None:
     """The backward pass enters where the forward pass leaves."""
     tracker.block = 0
-    out.register_hook(lambda _: enters())
+    out.register_hook(lambda _: enters())  # type: ignore[no-untyped-call]
 
 
 def _state(model: ModelConfig, settings: Optimisation, checkpointing: bool) -> TrainState:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from pipelines.config import InterruptedRunError, PipelineError, parse
-from pipelines.jobs import STAGES, disconnect, run_stage
+from pipelines.jobs import STAGES, disconnect, print_stage, run_stage
 
 # What shells give a command that SIGINT ended.
 _INTERRUPTED = 130
@@ -20,7 +20,10 @@ def main(arguments: Sequence[str]) -> int:
         if name not in STAGES:
             raise PipelineError(f"no stage {name!r}; there are {', '.join(STAGES)}")
         config = parse(STAGES[name].config, f"python -m pipelines {name}", flags)
-        print(f"{name}: {run_stage(name, config).uri}", flush=True)
+        if STAGES[name].makes_result:
+            print(f"{name}: {run_stage(name, config).uri}", flush=True)
+        else:
+            print_stage(name, config)
     except InterruptedRunError as error:
         print(error, file=sys.stderr, flush=True)
         return _INTERRUPTED

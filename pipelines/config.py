@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
 from diffusion_core.config import (
@@ -148,10 +148,19 @@ class IngestConfig(IngestOptions, Place):
     """Turn pictures into a verified, immutable dataset."""
 
 
+def _known_preset(value: str) -> str:
+    if value not in PRESETS:
+        raise ValueError(f"no preset {value!r}; there are {', '.join(PRESETS)}")
+    return value
+
+
+Preset = Annotated[str, AfterValidator(_known_preset)]
+
+
 class TrainOptions(Settings):
     """What model to train."""
 
-    preset: str = Field("cpu-small", description="network: " + ", ".join(PRESETS))
+    preset: Preset = Field("cpu-small", description="network: " + ", ".join(PRESETS))
     prediction: Prediction = Field("edm", description="what the network predicts")
     weighting: Weighting = Field("unit", description="weight of the loss by noise level")
     sigma: Literal["log_normal", "uniform_t"] = Field("log_normal", description="noise levels drawn in training")
@@ -211,13 +220,6 @@ class TrainOptions(Settings):
     expect_resolution: Annotated[int | None, How()] = Field(None, description="refuse a dataset of another resolution")
     expect_classes: Annotated[int | None, How()] = Field(None, description="refuse a dataset with other than so many")
 
-    @field_validator("preset")
-    @classmethod
-    def _known_preset(cls, value: str) -> str:
-        if value not in PRESETS:
-            raise ValueError(f"no preset {value!r}; there are {', '.join(PRESETS)}")
-        return value
-
 
 class TrainConfig(TrainOptions, Place):
     """Train a diffusion U-Net on a dataset; resumes where an earlier run stopped."""
@@ -226,6 +228,30 @@ class TrainConfig(TrainOptions, Place):
     parent: Annotated[Uri | None, How()] = Field(
         None, description="URI of a published model whose weights to begin with"
     )
+
+
+class PlanConfig(Settings):
+    """Print what training would need of memory, by strategy and settings, without running it."""
+
+    preset: Preset = Field("cpu-small", description="network: " + ", ".join(PRESETS))
+    resolution: int | None = Field(None, ge=8, le=1024, description="height and width; default: the preset's")
+    classes: int = Field(0, ge=0, description="number of classes")
+    global_batch_size: int = Field(32, ge=1, description="pictures in a step, over all workers")
+    precision: Precision | None = Field(None, description="arithmetic inside the network; default: both are shown")
+    ema: list[Annotated[float, Field(gt=0, le=0.28)]] = Field(
+        [0.1], min_length=1, description="widths of the weights' moving averages; each is a copy of the weights"
+    )
+    workers: int = Field(1, ge=1, description="training processes")
+    workers_per_node: int = Field(0, ge=0, description="those on one node, for hsdp; 0 is all of them")
+    gpu_memory: ByteSize | None = Field(
+        None, gt=0, description="memory of a worker, as 24GB or 16GiB; default: this GPU's, or its part of the machine's"
+    )
+
+    @model_validator(mode="after")
+    def _whole_nodes(self) -> Self:
+        if self.workers_per_node and self.workers % self.workers_per_node:
+            raise ValueError(f"workers_per_node: {self.workers} workers do not fill nodes of {self.workers_per_node}")
+        return self
 
 
 class SampleOptions(Settings):

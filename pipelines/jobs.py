@@ -4,6 +4,7 @@ import importlib
 import logging
 import os
 import shlex
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -16,16 +17,21 @@ _EXCLUDED = (".venv", ".venv-s3", ".git", "runs", "tests", "docs", ".mypy_cache"
 
 
 class Stage(NamedTuple):
-    """A stage: its settings, the module that has its `find` and `run`, and whether it needs Ray."""
+    """A stage: its settings, the module that has its `find` and `run`, whether it needs Ray, and makes a result.
+
+    One that makes none has no `find`, and its `run` prints.
+    """
 
     config: type[Settings]
     module: str
     needs_ray: bool = True
+    makes_result: bool = True
 
 
 STAGES: dict[str, Stage] = {
     "draw": Stage(settings.DrawConfig, "pipelines.cartoons", needs_ray=False),
     "ingest": Stage(settings.IngestConfig, "pipelines.ingest"),
+    "plan": Stage(settings.PlanConfig, "pipelines.plan", needs_ray=False, makes_result=False),
     "train": Stage(settings.TrainConfig, "pipelines.train"),
     "generate": Stage(settings.GenerateConfig, "pipelines.bulk"),
     "evaluate": Stage(settings.EvaluateConfig, "pipelines.evaluate", needs_ray=False),
@@ -59,6 +65,11 @@ def run_stage(name: str, config: Settings, cluster: str | None = None) -> Outcom
     return made
 
 
+def print_stage(name: str, config: Settings) -> None:
+    """Run a stage that makes no result. Raises PipelineError where it fails."""
+    importlib.import_module(STAGES[name].module).run(config)
+
+
 def _mendable(error: BaseException | None) -> PipelineError | None:
     """The error of a worker's own that Ray wrapped, if there is one inside; Ray's wrapping holds the whole trace."""
     if error is None:
@@ -86,9 +97,8 @@ def connect() -> None:
 
 def disconnect() -> None:
     """Leave Ray; stops it where `connect` started it."""
-    import ray
-
-    ray.shutdown()
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
 
 
 def _submit(name: str, config: Settings, cluster: str) -> None:
