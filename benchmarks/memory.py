@@ -6,7 +6,7 @@ usage: python benchmarks/memory.py              predicted over measured, configu
 
 needs torch alone; on a GPU, what its allocator gave out is measured, else resident memory (Linux), each configuration
 in a process of its own. There freed memory goes back to the system at once (MALLOC_MMAP_THRESHOLD_), which `glibc`
-compares with the default.
+compares with the default. Times on a CPU are CPU time.
 """
 
 import ctypes
@@ -185,15 +185,21 @@ def figures(case: Case, ranks: Ranks) -> dict[str, float]:
 
 
 def take_steps(case: Case, ranks: Ranks) -> list[float]:
-    """Seconds of each training step of a new network."""
+    """Seconds of each training step of a new network; on a CPU those of its own time, whatever else is running."""
     state, batch, settings, seconds = begin(case, ranks), pictures(case, ranks), optimisation(case), []
     for _ in range(STEPS):
-        began = time.perf_counter()
+        began = clock(ranks)
         train_step(state, batch, settings)
-        if ranks.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(clock(ranks) - began)
     return seconds
+
+
+def clock(ranks: Ranks) -> float:
+    """Seconds: of this process's CPU time, or, with all work on a GPU done, since some moment."""
+    if ranks.device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def begin(case: Case, ranks: Ranks) -> TrainState:
