@@ -87,8 +87,11 @@ class Board:
 def printed_board(kind: type[Board] = Board, *arguments: Any) -> Iterator[Any]:
     """Handle of a board on the connected Ray, whose lines this process prints as they come."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    board = ray.remote(num_cpus=0)(kind).remote(*arguments)
+    # Beside this process: another node may go, and the run is to outlive it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(kind).remote(*arguments)
     stopped = threading.Event()
 
     def show() -> None:
