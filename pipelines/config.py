@@ -195,6 +195,9 @@ class TrainOptions(Settings):
     min_workers: Annotated[int, How()] = Field(
         0, ge=0, description="go on with so few where nodes are lost, and grow back to --workers; 0 needs them all"
     )
+    resize_every: Annotated[float, How()] = Field(
+        30.0, gt=0, description="seconds between looks for nodes to grow back onto, with --min-workers"
+    )
     strategy: Annotated[Strategy, How()] = Field(
         "ddp", description="every worker holds all (ddp), or a share (fsdp), or a share within its node (hsdp)"
     )

@@ -23,7 +23,6 @@ from pipelines.train.session import Host
 
 _MAX_WORKERS = 2
 _POLL_S = 0.5
-_RESIZE_EVERY_S = 30.0
 
 
 class TrainBoard(Board):
@@ -124,7 +123,7 @@ def _fit(config: TrainConfig, workers: int, use_gpu: bool) -> None:
             train_loop_config={"config": config.model_dump(mode="json"), "use_gpu": use_gpu, "board": board},
             scaling_config=ScalingConfig(
                 num_workers=(config.min_workers, workers) if elastic else workers, use_gpu=use_gpu,
-                elastic_resize_monitor_interval_s=_RESIZE_EVERY_S,
+                elastic_resize_monitor_interval_s=config.resize_every,
             ),
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
             # The board counts restarts, and forgets those that were followed by a new checkpoint.
