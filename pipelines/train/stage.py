@@ -30,7 +30,7 @@ class TrainBoard(Board):
 
     def __init__(self, patience: int) -> None:
         super().__init__()
-        self.patience, self.restarts = patience, 0
+        self.patience, self.deaths = patience, 0
         self.asked, self.failure, self.trace = False, "", ""
         self.step: int | None = None
 
@@ -54,17 +54,21 @@ class TrainBoard(Board):
         """What a restart does not mend; empty where all is well."""
         return self.failure
 
-    def begin(self, step: int | None) -> str:
-        """A group of workers begins at the checkpoint of `step`; the reason why it must not, or nothing."""
-        self.restarts = self.restarts + 1 if step == self.step else 0
+    def begin(self, step: int | None) -> None:
+        """A group of workers begins at the checkpoint of `step`: deaths before a new one are forgotten."""
+        self.deaths = self.deaths if step == self.step else 0
         self.step = step
-        if self.restarts > self.patience:
+
+    def died(self) -> str:
+        """Workers of a group died; the reason why no other group is to be started, or nothing."""
+        self.deaths += 1
+        if self.deaths > self.patience:
             last = (
                 self.trace.strip().splitlines()[-1] if self.trace else "killed from outside, often for want of memory"
             )
             self.fail(
-                f"train: workers died {self.restarts} times without a new checkpoint after step {step or 0}; the last: "
-                f"{last}; lower --checkpoint-every, or see --micro-batch and python -m pipelines plan"
+                f"train: workers died {self.deaths} times without a new checkpoint after step {self.step or 0}; the "
+                f"last: {last}; lower --checkpoint-every, or see --micro-batch and python -m pipelines plan"
             )
         return self.failure
 
@@ -126,10 +130,37 @@ def _fit(config: TrainConfig, workers: int, use_gpu: bool) -> None:
                 elastic_resize_monitor_interval_s=config.resize_every,
             ),
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-            # The board counts restarts, and forgets those that were followed by a new checkpoint.
-            run_config=RunConfig(name=config.name, storage_path=scratch, failure_config=FailureConfig(max_failures=-1)),
+            # The board counts deaths, and forgets those that were followed by a new checkpoint.
+            run_config=RunConfig(
+                name=config.name, storage_path=scratch, callbacks=[_deaths(board)],
+                failure_config=FailureConfig(max_failures=-1),
+            ),
         )  # fmt: skip
         _wait_for(trainer.fit, board)
+
+
+def _deaths(board: Any) -> Any:
+    """What Ray Train's controller calls when workers have died: it has them counted, and ends the run at the limit.
+
+    Ray Train's public callback is not told of workers that die before they have begun, so this is an internal one.
+    """
+    import ray
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+    from ray.train.v2._internal.execution.failure_handling.default import _is_preemption_failure
+
+    class Deaths(ControllerCallback):  # type: ignore[misc]
+        def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+            error = getattr(current_state, "training_failed_error", None)
+            waits = isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError)
+            # Nodes that are missing are waited for, and one that is taken away is nobody's fault.
+            if error is None or waits or _is_preemption_failure(error):
+                return
+            failure = ray.get(board.died.remote())
+            if failure:
+                raise RuntimeError(failure)
+
+    return Deaths()
 
 
 def _wait_for(fit: Callable[[], Any], board: Any) -> None:
@@ -189,26 +220,31 @@ def _loop(arguments: dict[str, Any]) -> None:
     """What every worker does: train from where the store is, to the end or until it is asked to stop."""
     import ray
     from ray import train
-    from ray.train import collective
 
     config, board = TrainConfig.model_validate(arguments["config"]), arguments["board"]
     context = train.get_context()
     device = train.torch.get_device() if arguments["use_gpu"] else torch.device("cpu")
     ranks = Ranks(context.get_world_rank(), context.get_world_size(), context.get_local_world_size(), device)
-    first = ray.get(board.begin.remote(_saved(config))) if ranks.rank == 0 else ""
-    if collective.broadcast_from_rank_zero(first):
-        return
-    with _heard(board) as asked:
+    with _told(board), _heard(board) as asked:
+        if ranks.rank == 0:
+            ray.get(board.begin.remote(_saved(config)))
         host = Host(lambda line: board.post.remote(line), asked, _Notices(), lambda told: train.report(told), True)
-        try:
-            train_on_rank(config, ranks, host)
-        except PipelineError as error:
-            # Other ranks may wait for this one: it must end as a failure, and the next start ends all.
-            ray.get(board.fail.remote(str(error)))
-            raise
-        except Exception:
-            ray.get(board.crash.remote(traceback.format_exc()))
-            raise
+        train_on_rank(config, ranks, host)
+
+
+@contextlib.contextmanager
+def _told(board: Any) -> Iterator[None]:
+    """Errors left on the board: what no restart mends, and what a worker dies of."""
+    import ray
+
+    try:
+        yield
+    except PipelineError as error:
+        ray.get(board.fail.remote(str(error)))
+        raise
+    except Exception:
+        ray.get(board.crash.remote(traceback.format_exc()))
+        raise
 
 
 @contextlib.contextmanager
