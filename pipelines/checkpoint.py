@@ -5,6 +5,7 @@ and says by checksums whether a checkpoint is whole.
 """
 
 import contextlib
+import json
 import os
 import tempfile
 import warnings
@@ -96,11 +97,11 @@ class Writer:
             own = [_put(folder, scratch, name) for name in sorted(os.listdir(scratch))]
         parts = self._gathered(own)
         if self.ranks.rank == 0:
-            storage.publish(
-                folder,
-                {"kind": "checkpoint", "schema": 2, "step": step, "world": self.ranks.world, "parts": parts,
-                 "record": record},
-            )  # fmt: skip
+            manifest = {
+                "kind": "checkpoint", "schema": 2, "step": step, "world": self.ranks.world, "parts": parts,
+                "record": record,
+            }  # fmt: skip
+            storage.publish(folder, {**manifest, "sha256": storage.digest(storage.to_json(manifest))})
             known = steps(self.run)
             for old in sorted(set(known) - self.retention.keeps(known, best)):
                 storage.remove_folder(_folder(self.run, old))
@@ -146,7 +147,7 @@ def restore(
         with tempfile.TemporaryDirectory(prefix="checkpoint-") as scratch:
             fetch, damage = _Fetch(folder, scratch), ""
             try:
-                manifest = storage.read_manifest(folder, "checkpoint")
+                manifest = _manifest(folder)
                 fetch.parts = {part["file"]: part for part in manifest["parts"]}
                 fetch.share(ranks)
             except (storage.DamagedError, storage.NotFoundError) as error:
@@ -234,6 +235,19 @@ def _load(folder: str, state: TrainState, fetch: _Fetch, group: dist.ProcessGrou
 
 def _folder(run: str, step: int) -> str:
     return storage.join(run, "checkpoints", f"step-{step:07}")
+
+
+def _manifest(folder: str) -> dict[str, Any]:
+    """A checkpoint's manifest. Raises DamagedError where it is not the one that was written."""
+    uri = storage.join(folder, storage.MANIFEST)
+    try:
+        manifest: dict[str, Any] = json.loads(storage.read_bytes(uri))
+        intact = manifest.pop("sha256") == storage.digest(storage.to_json(manifest))
+    except (ValueError, AttributeError, KeyError):
+        intact = False
+    if not intact:
+        raise storage.DamagedError(f"{uri}: not the manifest that was written")
+    return manifest
 
 
 def _put(folder: str, scratch: str, name: str) -> dict[str, Any]:
