@@ -1,10 +1,11 @@
 """How much arithmetic a network asks for, and how much a device can do: what model FLOPs utilisation is made of."""
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from diffusion_core.config import UNetConfig
 from diffusion_core.unet import UNet
@@ -20,7 +21,10 @@ def training_flops(unet: UNetConfig) -> float:
 
     Counted on tensors without storage. What is computed again to save memory does not count.
     """
-    with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.no_grad():
+    # PyTorch's counter knows attention on GPUs alone.
+    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=attention)
+    with FakeTensorMode(), counter, torch.no_grad():
         picture = torch.empty(1, unet.channels, unet.resolution, unet.resolution)
         UNet(unet)(picture, torch.empty(1), None)
     return 3.0 * float(counter.get_total_flops())
@@ -32,3 +36,9 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for key, peak in _PEAKS.items() if key in name), None)
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object) -> int:
+    """Operations of attention, from the shapes."""
+    count: int = sdpa_flop_count(query, key, value)
+    return count
