@@ -13,7 +13,8 @@ stall: time that a checkpoint takes from the steps beside it, on disk and on a r
 one; blocks of steps in turns. The CPU time counts what the writing thread takes, too.
 overhead: the loop of the stage against a loop by hand with the same network, optimiser, clipping and average on
 pictures in memory: in one process in turns, by CPU time, and under Ray Train against a process without Ray, in turns.
-scaling: step time on 1 and 2 workers of one thread each at the same global batch, by ddp and fsdp.
+scaling: step time on 1 and 2 workers at the same global batch, by ddp and fsdp.
+All of these compute with one thread in each process.
 device: needs torch alone; see device.py.
 """
 
@@ -50,6 +51,8 @@ from diffusion_core.unet import UNet
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 CHECKPOINT_EVERY = 200
+# Of the arithmetic; what goes on beside it has the other core, as it has the processor beside a GPU.
+THREADS = 1
 BLOCK = 10
 PICTURES = 4000
 PACES = (500, 2000, 8000)
@@ -241,9 +244,9 @@ def in_one_process(dataset: str, asked: argparse.Namespace) -> None:
             "hand": ByHand(dataset, asked.preset, asked.batch).step,
         }
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
-        for number in range(max(8, 2 * asked.rounds) + 1):
+        for number in range(asked.rounds + 1):
             for name, work in works.items():
-                told = timed(work, BLOCK)
+                told = timed(work, BLOCK // 2)
                 seconds[name] += [told] if number else []
         session.events.close()
     wall, cpu = (
@@ -264,7 +267,7 @@ class ByHand:
         from pipelines.dataset import open_dataset
         from pipelines.images import to_floats
 
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(THREADS)
         self.network = network_of(preset, open_dataset(dataset))
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=2e-3, betas=(0.9, 0.99), fused=True)
         self.average = [parameter.detach().clone() for parameter in self.network.parameters()]
@@ -317,7 +320,7 @@ def scaling(asked: argparse.Namespace) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(asked.rounds):
         for name, more in ways.items():
-            seconds[name] += trained(dataset, asked, threads=1, **more).seconds
+            seconds[name] += trained(dataset, asked, **more).seconds
     for name, each in seconds.items():
         faster = statistics.median(seconds["1 worker"]) / statistics.median(each)
         print(
@@ -328,7 +331,7 @@ def scaling(asked: argparse.Namespace) -> None:
 
 def core_step(preset: str, count: int) -> tuple[TrainState, Callable[[], object]]:
     """A training state of random pictures, and a work that takes the core's own step with it."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(THREADS)
     size = PRESETS[preset].resolution
     network = UNet(PRESETS[preset]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     how = Optimisation(
@@ -365,8 +368,9 @@ def settings(dataset: str, store: str, asked: argparse.Namespace, **more: Any) -
     """Training settings without validation and checkpoints before the end."""
     from pipelines.config import TrainConfig
 
-    plain = {"validate_every": 0, "checkpoint_every": 10**6, "preset": asked.preset, "global_batch_size": asked.batch}
-    return TrainConfig(dataset=dataset, store=store, **{**plain, **more})
+    plain = {"validate_every": 0, "checkpoint_every": 10**6, "threads": THREADS}
+    asked_for = {"preset": asked.preset, "global_batch_size": asked.batch}
+    return TrainConfig(dataset=dataset, store=store, **{**plain, **asked_for, **more})
 
 
 def trained(dataset: str, asked: argparse.Namespace, **more: Any) -> Windows:

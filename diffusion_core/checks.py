@@ -50,7 +50,7 @@ def finite(name: str, x: Tensor) -> None:
 
 def within(name: str, x: Tensor, low: float, high: float) -> None:
     """Raise ValueError where a value is not in [low, high]. Reads the values."""
-    finite(name, x)
-    least, most = float(x.min()), float(x.max())
-    if least < low or most > high:
+    least, most = (float(value) for value in x.aminmax())
+    if not (low <= least and most <= high):
+        finite(name, x)
         raise ValueError(f"{name}: values from {least:g} to {most:g}; need {low:g} to {high:g}")

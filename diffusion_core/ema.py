@@ -69,6 +69,7 @@ def update_ema(ema: dict[str, Tensor], network: nn.Module, step: int, profile: P
     """Move `ema` in place towards the weights after optimisation step `step` (from 1)."""
     weights = network.state_dict()
     averages = [_local(ema[name]) for name in weights]
+    # All at once: a call for each of hundreds of tensors would keep a GPU waiting.
     torch._foreach_lerp_(averages, [_local(value) for value in weights.values()], 1 - profile.keep(step))
 
 

@@ -60,6 +60,8 @@ class Writer:
         # A group of its own: the training step's messages must not meet those of the writing thread.
         self.group = dist.new_group(backend="gloo") if ranks.world > 1 else None
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        # From a GPU into pinned memory, kept from one checkpoint to the next: several times as fast.
+        self.stager = BlockingAsyncStager(cache_staged_state_dict=ranks.device.type == "cuda")
         self.pending: Future[None] | None = None
 
     def __enter__(self) -> "Writer":
@@ -73,7 +75,7 @@ class Writer:
     def save(self, state: TrainState, record: dict[str, Any], best: int | None = None) -> None:
         """Copy the state and write it in the background. Raises PipelineError where the one before failed."""
         self.wait()
-        staged = BlockingAsyncStager().stage(tensors_of(state))
+        staged = self.stager.stage(tensors_of(state))
         self.pending = self.thread.submit(self._write, state.step, staged, record, best)
 
     def wait(self) -> None:

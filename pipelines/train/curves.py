@@ -34,12 +34,17 @@ class Watch:
     began: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
     steps: int = 0
-    levels: list[float] = field(default_factory=lambda: [0.0] * (2 * len(EDGES) + 2))
+    levels: Tensor | None = None
 
-    def count(self, levels: list[float]) -> None:
+    def count(self, levels: Tensor) -> None:
         """One step more, with what `level_sums` found in it."""
         self.steps += 1
-        self.levels = [a + b for a, b in zip(self.levels, levels, strict=True)]
+        self.levels = levels if self.levels is None else self.levels + levels
+
+    @property
+    def sums(self) -> list[float]:
+        """What `level_sums` found in all of the steps."""
+        return [0.0] * (2 * len(EDGES) + 2) if self.levels is None else [float(value) for value in self.levels.cpu()]
 
 
 class Events:
@@ -132,13 +137,14 @@ class _MlflowRun:
         return ""
 
 
-def level_sums(losses: Tensor, sigma: Tensor) -> list[float]:
-    """Sums of losses [B] between EDGES of the noise level [B], then their counts."""
-    level = np.digitize(sigma.cpu().numpy(), EDGES)
-    sums = np.zeros((2, len(EDGES) + 1))
-    np.add.at(sums[0], level, losses.double().cpu().numpy())
-    np.add.at(sums[1], level, 1)
-    return [float(value) for value in sums.flatten()]
+def level_sums(losses: Tensor, sigma: Tensor) -> Tensor:
+    """Sums of losses [B] between EDGES of the noise level [B], then their counts: float64 [2 L], on their device.
+
+    They stay there, since reading them in every step would make a GPU wait.
+    """
+    level = torch.stack([sigma >= edge for edge in EDGES]).sum(dim=0)
+    within = (level == torch.arange(len(EDGES) + 1, device=sigma.device)[:, None]).double()
+    return torch.cat((within @ losses.double(), within.sum(dim=1)))
 
 
 def level_scalars(sums: list[float]) -> dict[str, float]:

@@ -134,7 +134,7 @@ def _log(session: Session, norm: float, progress: Progress) -> None:
     config, record, watch, step = session.config, session.record, session.watch, session.state.step
     record.curve.append([float(step), sum(record.losses) / len(record.losses)])
     record.losses = []
-    levels = session.over_ranks(watch.levels)
+    levels = session.over_ranks(watch.sums)
     seconds = max(time.perf_counter() - watch.began, 1e-9)
     rate, waiting = watch.steps * config.global_batch_size / seconds, watch.waited / seconds
     if session.events:
