@@ -24,7 +24,7 @@ def test_a_stage_runs_finds_its_result_and_makes_another_for_another_setting(tmp
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["ingset"], "no stage 'ingset'; there are draw, ingest, train"),
+        (["ingset"], "no stage 'ingset'; there are draw, ingest, plan, train"),
         (["ingest", "--source", "/nowhere/at/all"], "/nowhere/at/all: nothing there"),
         (["ingest", "--source", "x", "--resolutoin", "8"], "--resolutoin"),
         (["train", "--dataset", "/nowhere/at/all"], "/nowhere/at/all: no dataset here"),
