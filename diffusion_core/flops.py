@@ -40,5 +40,5 @@ def peak_flops(device: torch.device) -> float | None:
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object) -> int:
     """Operations of attention, from the shapes."""
-    count: int = sdpa_flop_count(query, key, value)
+    count: int = sdpa_flop_count(query, key, value)  # type: ignore[no-untyped-call]
     return count

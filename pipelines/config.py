@@ -9,7 +9,16 @@ import os
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
 from diffusion_core.config import (
@@ -247,7 +256,9 @@ class PlanConfig(Settings):
     workers: int = Field(1, ge=1, description="training processes")
     workers_per_node: int = Field(0, ge=0, description="those on one node, for hsdp; 0 is all of them")
     gpu_memory: ByteSize | None = Field(
-        None, gt=0, description="memory of a worker, as 24GB or 16GiB; default: this GPU's, or its part of the machine's"
+        None,
+        gt=0,
+        description="memory of a worker, as 24GB or 16GiB; default: this GPU's, or its part of the machine's",
     )
 
     @model_validator(mode="after")

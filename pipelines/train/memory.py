@@ -3,14 +3,11 @@
 import torch
 import torch.distributed as dist
 
-from diffusion_core.memory import largest_micro_batch, memory_of
+from diffusion_core.memory import USABLE, largest_micro_batch, memory_of
 from diffusion_core.strategies import Ranks
 from pipelines.config import PipelineError, TrainConfig
 from pipelines.dataset import Dataset
 from pipelines.train.plan import model_config, optimisation
-
-# What the prediction does not know of: the device's own needs, fragments between tensors.
-_SHARE_USED = 0.85
 
 
 def micro_batch_of(config: TrainConfig, dataset: Dataset, ranks: Ranks, group: dist.ProcessGroup | None) -> int | None:
@@ -22,7 +19,7 @@ def micro_batch_of(config: TrainConfig, dataset: Dataset, ranks: Ranks, group: d
         return None if config.micro_batch == "all" else int(config.micro_batch)
     model, settings = model_config(config, dataset), optimisation(config, ranks.world)
     share = -(-config.streams // ranks.world) * (config.global_batch_size // config.streams)
-    budget = int(memory_of(ranks.device, ranks.local_world) * _SHARE_USED)
+    budget = int(memory_of(ranks.device, ranks.local_world) * USABLE)
     try:
         fits = largest_micro_batch(
             model, settings, config.strategy, ranks, share, budget, config.activation_checkpointing
