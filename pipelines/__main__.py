@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from pipelines.config import InterruptedRunError, PipelineError, parse
-from pipelines.jobs import STAGES, disconnect, print_stage, run_stage
+from pipelines.config import InterruptedRunError, PipelineError, TrainCommand, parse
+from pipelines.jobs import STAGES, disconnect, print_stage, run_stage, settle
 
 # What shells give a command that SIGINT ended.
 _INTERRUPTED = 130
@@ -19,7 +19,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if name not in STAGES:
             raise PipelineError(f"no stage {name!r}; there are {', '.join(STAGES)}")
-        config = parse(STAGES[name].config, f"python -m pipelines {name}", flags)
+        config = parse(STAGES[name].flags, f"python -m pipelines {name}", flags)
+        if isinstance(config, TrainCommand):
+            config = settle(config)
         if STAGES[name].makes_result:
             print(f"{name}: {run_stage(name, config).uri}", flush=True)
         else:
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def usage() -> str:
     """What there is to run."""
-    lines = [f"  {name:<10}{stage.config.__doc__}" for name, stage in STAGES.items()]
+    lines = [f"  {name:<10}{stage.flags.__doc__}" for name, stage in STAGES.items()]
     return "\n".join(["usage: python -m pipelines STAGE [--help] [--flags]", "", "stages:", *lines])
 
 

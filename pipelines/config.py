@@ -6,6 +6,7 @@ A field marked `How()` says how work is done (workers, addresses) and never take
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -233,13 +234,56 @@ class TrainOptions(Settings):
     expect_classes: Annotated[int | None, How()] = Field(None, description="refuse a dataset with other than so many")
 
 
-class TrainConfig(TrainOptions, Place):
-    """Train a diffusion U-Net on a dataset; resumes where an earlier run stopped."""
+class TrainPlace(TrainOptions, Place):
+    """What every way to train has."""
 
-    dataset: Annotated[Uri, How()] = Field(description="URI of the dataset (its folder)")
     parent: Annotated[Uri | None, How()] = Field(
         None, description="URI of a published model whose weights to begin with"
     )
+
+
+class TrainConfig(TrainPlace):
+    """Train a diffusion U-Net on a dataset; resumes where an earlier run stopped."""
+
+    dataset: Annotated[Uri, How()] = Field(description="URI of the dataset (its folder)")
+
+
+_BUDGET = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+
+
+class TrainCommand(TrainPlace):
+    """Train a diffusion U-Net on a dataset or on pictures, in a given time if you like; resumes where it stopped."""
+
+    dataset: Annotated[Uri | None, How()] = Field(None, description="URI of the dataset (its folder)")
+    source: list[Uri] = Field([], description="pictures to ingest first, in place of --dataset; as for ingest")
+    resolution: int | None = Field(
+        None, ge=8, le=1024, description="height and width to ingest --source at; default: the preset's"
+    )
+    budget: str | None = Field(
+        None, description="time to train in, as 45m or 1h30m: measures what fits, and chooses what no flag says"
+    )
+
+    @field_validator("budget")
+    @classmethod
+    def _is_time(cls, value: str | None) -> str | None:
+        if value is not None and not (value and _BUDGET.fullmatch(value)):
+            raise ValueError("need a time such as 90s, 45m, 2h or 1h30m")
+        return value
+
+    @model_validator(mode="after")
+    def _one_input(self) -> Self:
+        if bool(self.source) == bool(self.dataset):
+            raise ValueError("need --dataset or --source, and not both")
+        if self.dataset and self.resolution:
+            raise ValueError("--resolution is for --source; a dataset has its own")
+        return self
+
+    @property
+    def budget_seconds(self) -> int:
+        """The budget in seconds."""
+        match = _BUDGET.fullmatch(self.budget or "")
+        parts = [int(part or 0) for part in match.groups()] if match else [0]
+        return sum(part * unit for part, unit in zip(parts, (86_400, 3600, 60, 1), strict=False))
 
 
 class PlanConfig(Settings):
@@ -441,9 +485,11 @@ def parse(kind: type[SettingsT], program: str, arguments: Sequence[str]) -> Sett
     Flags.__doc__ = kind.__doc__
     try:
         flags = CliApp.run(Flags, cli_args=list(arguments))
-        return kind.model_validate(flags.model_dump())
+        return kind.model_validate(flags.model_dump(exclude_unset=True))
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:
+            raise PipelineError(f"{program}: {first['msg'].removeprefix('Value error, ')}") from error
         flag = "--" + ".".join(str(part) for part in first["loc"]).replace("_", "-")
         raise PipelineError(f"{program}: {flag} {first.get('input')!r}: {first['msg']}") from error
     except SettingsError as error:

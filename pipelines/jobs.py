@@ -8,6 +8,7 @@ import sys
 import time
 from typing import Any, NamedTuple
 
+from diffusion_core.config import PRESETS
 from pipelines import config as settings
 from pipelines.config import Outcome, PipelineError, Settings
 
@@ -19,20 +20,27 @@ _EXCLUDED = (".venv", ".venv-s3", ".git", "runs", "tests", "docs", ".mypy_cache"
 class Stage(NamedTuple):
     """A stage: its settings, the module that has its `find` and `run`, whether it needs Ray, and makes a result.
 
-    One that makes none has no `find`, and its `run` prints.
+    One that makes none has no `find`, and its `run` prints. `command` is what its command line takes, where that is
+    more than its settings.
     """
 
     config: type[Settings]
     module: str
     needs_ray: bool = True
     makes_result: bool = True
+    command: type[Settings] | None = None
+
+    @property
+    def flags(self) -> type[Settings]:
+        """What its command line takes."""
+        return self.command or self.config
 
 
 STAGES: dict[str, Stage] = {
     "draw": Stage(settings.DrawConfig, "pipelines.cartoons", needs_ray=False),
     "ingest": Stage(settings.IngestConfig, "pipelines.ingest"),
     "plan": Stage(settings.PlanConfig, "pipelines.plan", needs_ray=False, makes_result=False),
-    "train": Stage(settings.TrainConfig, "pipelines.train"),
+    "train": Stage(settings.TrainConfig, "pipelines.train", command=settings.TrainCommand),
     "generate": Stage(settings.GenerateConfig, "pipelines.bulk"),
     "evaluate": Stage(settings.EvaluateConfig, "pipelines.evaluate", needs_ray=False),
     "serve": Stage(settings.ServeConfig, "pipelines.serve"),
@@ -68,6 +76,25 @@ def run_stage(name: str, config: Settings, cluster: str | None = None) -> Outcom
 def print_stage(name: str, config: Settings) -> None:
     """Run a stage that makes no result. Raises PipelineError where it fails."""
     importlib.import_module(STAGES[name].module).run(config)
+
+
+def settle(command: settings.TrainCommand) -> settings.TrainConfig:
+    """The settings of a training run that were asked for by pictures or by a time: ingests, measures, chooses.
+
+    Raises PipelineError where nothing fits.
+    """
+    chosen: dict[str, Any] = {}
+    dataset = command.dataset
+    if command.budget:
+        connect()
+        budget = importlib.import_module("pipelines.train.budget")
+        chosen = budget.choose(command)
+    if dataset is None:
+        resolution = chosen.pop("resolution", None) or command.resolution or PRESETS[command.preset].resolution
+        place = {"store": command.store, "name": command.name, "source": command.source, "resolution": resolution}
+        dataset = run_stage("ingest", settings.IngestConfig(**place)).uri
+    chosen.pop("resolution", None)
+    return settings.narrow(command, settings.TrainConfig, **chosen, dataset=dataset)
 
 
 def _mendable(error: BaseException | None) -> PipelineError | None:

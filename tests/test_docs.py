@@ -38,7 +38,7 @@ def test_every_command_that_is_shown_exists_with_its_settings(command):
         program, kind, flags = "flows.py", flows.FLOWS[words[2]][1], words[3:]
     else:
         assert words[1:3] == ["-m", "pipelines"]
-        program, kind, flags = "pipelines", STAGES[words[3]].config, words[4:]
+        program, kind, flags = "pipelines", STAGES[words[3]].flags, words[4:]
     if "--help" not in flags:
         parse(kind, program, flags)
 
@@ -94,7 +94,7 @@ def test_a_command_with_a_wrong_setting_would_be_noticed():
 
 
 def test_flags_named_in_the_text_exist():
-    kinds = [stage.config for stage in STAGES.values()] + [kind for _, kind in flows.FLOWS.values()]
+    kinds = [stage.flags for stage in STAGES.values()] + [kind for _, kind in flows.FLOWS.values()]
     known = {"--help", "--flags", "--generate"}
     for kind in kinds:
         for name, field in kind.model_fields.items():

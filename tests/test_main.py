@@ -60,7 +60,7 @@ def test_help_of_a_stage_describes_every_setting(stage, capsys):
         stages.main([stage, "--help"])
     assert raised.value.code == 0
     told = capsys.readouterr().out
-    for name, field in STAGES[stage].config.model_fields.items():
+    for name, field in STAGES[stage].flags.model_fields.items():
         assert f"--{name.replace('_', '-')}" in told
         assert field.description
         assert field.description.split()[0] in told

@@ -12,7 +12,7 @@ from diffusion_core.schedules import SigmaDistribution
 from diffusion_core.strategies import Ranks
 from diffusion_core.training import Optimisation
 from pipelines import __version__, storage
-from pipelines.config import PipelineError, TrainConfig, identity, what
+from pipelines.config import PipelineError, TrainConfig, TrainOptions, identity, what
 from pipelines.dataset import Dataset, SampleStream
 from pipelines.model import model_digest
 
@@ -105,7 +105,7 @@ def _check_parent(parent: str, model: ModelConfig, dataset: Dataset) -> None:
             )
 
 
-def optimisation(config: TrainConfig, world: int = 1, micro_batches: int = 1) -> Optimisation:
+def optimisation(config: TrainOptions, world: int = 1, micro_batches: int = 1) -> Optimisation:
     """The core's view of the settings, for one of `world` ranks that cuts its share into `micro_batches`."""
     return Optimisation(
         steps=config.steps, learning_rate=config.learning_rate, warmup=config.warmup, clip=config.clip,

@@ -1,7 +1,6 @@
 """A rank's part of a run: what surrounds it, what it is to make, and how far it is."""
 
 import dataclasses
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ from pipelines.dataset import Dataset, open_dataset
 from pipelines.model import load_model
 from pipelines.progress import print_line
 from pipelines.train.curves import Events, Watch
+from pipelines.train.devices import threads_of
 from pipelines.train.memory import micro_batch_of
 from pipelines.train.plan import Record, describe, micro_batches, model_config, optimisation, run_uri
 
@@ -92,7 +92,7 @@ class Session:
 def open_session(config: TrainConfig, ranks: Ranks, host: Host) -> Session:
     """The run as far as the store has it. Raises PipelineError where settings, dataset and devices do not fit."""
     if ranks.device.type == "cpu":
-        torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // ranks.local_world))
+        torch.set_num_threads(threads_of(config.threads, ranks.local_world))
     dataset = open_dataset(config.dataset)
     uri, group = run_uri(config, dataset), control_group(ranks)
     parts = micro_batches(config, ranks.world, micro_batch_of(config, dataset, ranks, group))

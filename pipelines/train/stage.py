@@ -17,11 +17,11 @@ from pipelines.checkpoint import latest_step
 from pipelines.config import InterruptedRunError, Outcome, PipelineError, TrainConfig
 from pipelines.dataset import open_dataset
 from pipelines.progress import Board, printed_board
+from pipelines.train.devices import processes
 from pipelines.train.loop import train_on_rank
 from pipelines.train.plan import check, result, run_uri
 from pipelines.train.session import Host
 
-_MAX_WORKERS = 2
 _POLL_S = 0.5
 
 
@@ -87,7 +87,7 @@ def run(config: TrainConfig) -> Outcome:
     """
     dataset = open_dataset(config.dataset)
     check(config, dataset)
-    _fit(config, *_workers(config))
+    _fit(config, *processes(config))
     uri = run_uri(config, dataset)
     made = result(uri)
     if made is None:
@@ -95,18 +95,6 @@ def run(config: TrainConfig) -> Outcome:
             f"train: stopped and saved at step {_saved(config) or 0} of {config.steps}; run the same command to go on"
         )
     return Outcome(uri=made, found=False)
-
-
-def _workers(config: TrainConfig) -> tuple[int, bool]:
-    """How many processes, and whether each has a GPU."""
-    import ray
-
-    resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-    wanted = config.workers or min(config.streams, gpus or min(cpus, _MAX_WORKERS))
-    if min(wanted, config.min_workers or wanted) > (gpus or cpus):
-        raise PipelineError(f"workers: {wanted} asked for, but Ray has {gpus} GPUs and {cpus} cores; lower --workers")
-    return wanted, gpus > 0
 
 
 def _fit(config: TrainConfig, workers: int, use_gpu: bool) -> None:
