@@ -285,8 +285,9 @@ def class_of(name: str, args: Any) -> str:
 
 def roofline(work: Work, machine: Machine) -> None:
     """What every class of layers asks for in an eager step, and what bounds it."""
-    with Counter(machine) as counter:
-        work()
+    for _ in range(2):  # the first one warms up
+        with Counter(machine) as counter:
+            work()
     tallies = sorted(counter.tallies.items(), key=lambda item: -item[1].least)
     total = sum(tally.flops for _, tally in tallies)
     print("class of operations    share of FLOP  GB moved  FLOP/byte  bound by   at least ms  took ms  reached")
