@@ -104,7 +104,7 @@ def test_flags_named_in_the_text_exist():
                 known.add(f"--{name}.{inner}".replace("_", "-"))
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z.-]*[a-z]", page.read_text()))
-        assert named - known - {"--head", "--logdir", "--source"} == set(), page.name
+        assert named - known - {"--head", "--logdir", "--rounds", "--source"} == set(), page.name
 
 
 def test_the_tree_in_the_readme_is_the_repository():
