@@ -149,7 +149,7 @@ def test_the_pictures_of_a_batch_are_those_of_its_row_numbers(tiny_dataset):
     ("settings", "told"),
     [
         ({"batch": 9}, "streams: 4 must divide global_batch_size=9"),
-        ({"world": 3}, "multiple of the 3 workers"),
+        ({"world": 5}, "at least the 5 workers"),
         ({"batch": 2000}, "do not fill one global batch of 2000"),
     ],
 )

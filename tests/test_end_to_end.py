@@ -40,7 +40,7 @@ def test_the_demo_goes_from_nothing_to_a_report_and_finds_its_results_again(tmp_
     assert set(report["seconds"]) == {"draw", "ingest", "train", "generate", "evaluate"}
     assert report["figures"]["inpainting"]["known_bytes_changed"] == 0
     assert report["figures"]["bulk"]["count"] == 20
-    assert report["training"]["curve"][-1][0] == 20
+    assert report["training"]["curves"]["curve"][-1][0] == 20
     page = (store / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4
     assert "http" not in page.replace("http://www.w3.org", "").replace("https://matplotlib.org", "").replace(

@@ -15,8 +15,15 @@ def test_a_grid_holds_every_picture_at_its_place():
 
 def test_a_curve_is_a_drawing_that_asks_nothing_of_the_network():
     drawing = loss_curve([[10.0, 0.9], [20.0, 0.5], [30.0, 0.4]])
-    assert drawing.startswith("<svg")
-    assert "<image" not in drawing
+    assert b"<svg" in drawing
+    assert b"<image" not in drawing
+
+
+def test_a_curve_shows_the_held_out_loss_beside_the_training_loss_and_is_a_picture_where_one_is_asked_for():
+    curve = [[10.0, 0.9], [20.0, 0.5], [30.0, 0.4]]
+    assert b"held out" in loss_curve(curve, [[15.0, 0.8], [30.0, 0.5]])
+    assert b"held out" not in loss_curve(curve)
+    assert loss_curve(curve, kind="png").startswith(b"\x89PNG")
 
 
 def test_a_share_has_its_wilson_interval():

@@ -156,7 +156,7 @@ def test_the_first_step_is_adamw_by_hand():
     loss = loss_of(learner, whole, 0, settings)
     slopes = torch.autograd.grad(loss, list(learner.network.parameters()))
     state, told = train_step(begin(learner, settings), whole, settings)
-    assert told == pytest.approx(loss.item(), rel=1e-12)
+    assert told.loss == pytest.approx(loss.item(), rel=1e-12)
     rate = 2e-3 / 4
     for parameter, old, slope in zip(learner.network.parameters(), before, slopes, strict=True):
         expected = old * (1 - rate * 0.1) - rate * slope / (slope.abs() + 1e-8)
@@ -170,8 +170,8 @@ def test_a_batch_in_parts_gives_the_gradients_of_the_whole(micro_batches):
     wholes = []
     for count in (1, micro_batches):
         learner, settings = denoiser(), dataclasses.replace(SETTINGS, micro_batches=count, clip=1e9)
-        _, loss = train_step(begin(learner, settings), batch(), settings)
-        wholes.append((loss, [parameter.grad for parameter in learner.network.parameters()]))
+        _, told = train_step(begin(learner, settings), batch(), settings)
+        wholes.append((told.loss, [parameter.grad for parameter in learner.network.parameters()]))
     assert wholes[1][0] == pytest.approx(wholes[0][0], rel=1e-12)
     for one, other in zip(wholes[0][1], wholes[1][1], strict=True):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-14)
@@ -242,11 +242,12 @@ def sharded_rank(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     learner = denoiser()
     shard(learner.network, init_device_mesh("cpu", (2,)))
-    state, whole, losses = begin(learner, SHARDED), batch(), []
+    settings = dataclasses.replace(SHARDED, world=2)
+    state, whole, losses = begin(learner, settings), batch(), []
     places = [value.to_local().data_ptr() for value in state.ema[0].values()]
     for _ in range(3):
-        state, loss = train_step(state, part_of(whole, slice(4 * rank, 4 * rank + 4)), SHARDED)
-        losses.append(loss)
+        state, told = train_step(state, part_of(whole, slice(4 * rank, 4 * rank + 4)), settings)
+        losses.append(told.loss)
     assert all(isinstance(value, DTensor) for average in state.ema for value in average.values())
     assert places == [value.to_local().data_ptr() for value in state.ema[0].values()], "moved in place"
     tensors = [{name: value.full_tensor() for name, value in average.items()} for average in state.ema]
@@ -260,11 +261,11 @@ def test_two_processes_with_sharded_weights_learn_what_one_learns(tmp_path):
     learner = denoiser()
     state, losses = begin(learner, SHARDED), []
     for _ in range(3):
-        state, loss = train_step(state, batch(), SHARDED)
-        losses.append(loss)
+        state, told = train_step(state, batch(), SHARDED)
+        losses.append(told.loss)
     found = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2)]
-    halves = [(a + b) / 2 for a, b in zip(found[0][0], found[1][0], strict=True)]
-    assert halves == pytest.approx(losses, rel=1e-9)
+    sums = [a + b for a, b in zip(found[0][0], found[1][0], strict=True)]
+    assert sums == pytest.approx(losses, rel=1e-9)
     for name, value in learner.network.state_dict().items():
         assert torch.allclose(found[0][1][name], value, rtol=0, atol=1e-9), name
         for number, average in enumerate(state.ema):
