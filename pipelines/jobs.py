@@ -84,16 +84,15 @@ def settle(command: settings.TrainCommand) -> settings.TrainConfig:
     Raises PipelineError where nothing fits.
     """
     chosen: dict[str, Any] = {}
-    dataset = command.dataset
     if command.budget:
         connect()
         budget = importlib.import_module("pipelines.train.budget")
         chosen = budget.choose(command)
+    resolution = chosen.pop("resolution", command.resolution or PRESETS[command.preset].resolution)
+    dataset = command.dataset
     if dataset is None:
-        resolution = chosen.pop("resolution", None) or command.resolution or PRESETS[command.preset].resolution
         place = {"store": command.store, "name": command.name, "source": command.source, "resolution": resolution}
         dataset = run_stage("ingest", settings.IngestConfig(**place)).uri
-    chosen.pop("resolution", None)
     return settings.narrow(command, settings.TrainConfig, **chosen, dataset=dataset)
 
 

@@ -68,6 +68,16 @@ def test_pictures_and_a_time_become_a_training_run_and_the_same_wish_the_same_ru
     assert f"ingest: found {first.dataset}" in told
 
 
+def test_a_flag_that_names_a_default_makes_a_choice_of_its_own(tiny_dataset, tmp_path, ray_session):
+    free = command(tmp_path, dataset=tiny_dataset, preset="tiny", budget="10m")
+    named = command(tmp_path, dataset=tiny_dataset, preset="tiny", budget="10m", learning_rate=2e-3, warmup=50)
+    assert jobs.settle(free).learning_rate == 2e-3
+    assert jobs.settle(named).warmup == 50
+    rare = command(tmp_path, dataset=tiny_dataset, preset="tiny", budget="10m", global_batch_size=32)
+    assert jobs.settle(rare).global_batch_size == 32
+    assert len(list((tmp_path / "choices/wish").iterdir())) == 3
+
+
 def test_what_the_flags_say_is_not_chosen(tiny_dataset, tmp_path, ray_session, capsys):
     wish = command(tmp_path, dataset=tiny_dataset, preset="tiny", budget="1m", steps=50_000, learning_rate=1e-5)
     settled = jobs.settle(wish)

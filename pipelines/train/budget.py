@@ -36,7 +36,7 @@ _MANY_STEPS, _LARGEST_BATCH = 20_000, 256
 
 @dataclass(frozen=True)
 class Candidate:
-    """A network for pictures of one size, and what was found of it on these workers."""
+    """A network for pictures of one size."""
 
     preset: str
     unet: UNetConfig
@@ -61,11 +61,19 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Finding:
-    """A candidate with the seconds that a step takes and the bytes that a worker needs; why not, where it is out."""
+    """A candidate with the seconds that a step takes; why not, where it is out."""
 
     candidate: Candidate
     seconds: float = math.nan
     out: str = ""
+
+    def seen(self, usable: float, batch: int) -> float:
+        """Pictures that it sees in `usable` seconds."""
+        return usable / self.seconds * batch
+
+    def sees_enough(self, usable: float, batch: int) -> bool:
+        """Whether these are as many as it wants."""
+        return self.seen(usable, batch) >= self.candidate.wanted
 
 
 def choose(command: TrainCommand) -> dict[str, Any]:
@@ -75,7 +83,7 @@ def choose(command: TrainCommand) -> dict[str, Any]:
     """
     dataset = open_dataset(command.dataset) if command.dataset else None
     resolution, classes = (dataset.resolution, len(dataset.class_names)) if dataset else (command.resolution, 0)
-    digest = identity("choice", 1, command.model_dump(mode="json", exclude={"store"}), resolution)
+    digest = identity("choice", 1, command.model_dump(mode="json", exclude={"store"}, exclude_unset=True), resolution)
     place = storage.join(storage.normalise(command.store), "choices", command.name, f"{digest}.json")
     try:
         known: dict[str, Any] = storage.read_json(place)
@@ -104,7 +112,7 @@ def _choose(command: TrainCommand, resolution: int | None, classes: int) -> dict
     able = [finding for finding in findings if not finding.out]
     if not able:
         raise PipelineError(f"--budget {command.budget}: nothing fits: {findings[0].out}; give more time")
-    enough = [each for each in able if usable / each.seconds * batch >= each.candidate.wanted]
+    enough = [each for each in able if each.sees_enough(usable, batch)]
     chosen = enough[-1] if enough else able[0]
     settings = _settings(command, chosen, usable, use_gpu)
     _explain(chosen, settings, bool(enough), command)
@@ -212,9 +220,9 @@ def _row(finding: Finding, usable: float, batch: int) -> str:
     name = f"  {candidate.preset:<10} {size}"
     if finding.out:
         return f"{name}  {finding.out}"
-    seen = usable / finding.seconds * batch
-    verdict = "enough" if seen >= candidate.wanted else "too few"
-    return f"{name}  {finding.seconds:>7.3f} s a step  sees {seen:,.0f} of {candidate.wanted:,} pictures: {verdict}"
+    verdict = "enough" if finding.sees_enough(usable, batch) else "too few"
+    sees = f"sees {finding.seen(usable, batch):,.0f} of {candidate.wanted:,} pictures"
+    return f"{name}  {finding.seconds:>7.3f} s a step  {sees}: {verdict}"
 
 
 def _explain(chosen: Finding, settings: dict[str, Any], enough: bool, command: TrainCommand) -> None:

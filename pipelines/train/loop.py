@@ -16,7 +16,7 @@ from pipelines.train.curves import Watch, level_scalars, level_sums, memory_byte
 from pipelines.train.guards import pass_over, watch_heldout
 from pipelines.train.memory import advice, is_out_of_memory
 from pipelines.train.plan import finish, result, stream_of
-from pipelines.train.publication import publish, samples
+from pipelines.train.publication import draw, publish
 from pipelines.train.session import Host, Session, open_session, resume, save
 from pipelines.train.validation import by_level, heldout_share, loss_sums
 
@@ -126,7 +126,7 @@ def _look_and_save(session: Session, wishes: _Wishes) -> None:
     session.writer.check()
     session.leaves = wishes.stops and not last
     if config.publish_every and step % config.publish_every == 0 and not last:
-        publish(session.uri, config, session.dataset, session.state, session.record, session.ranks)
+        publish(session)
 
 
 def _log(session: Session, norm: float, progress: Progress) -> None:
@@ -161,8 +161,7 @@ def _validate(session: Session) -> None:
     if session.events:
         if session.record.validation:
             session.events.scalars(validation_scalars(session.record.validation[-1]), session.state.step)
-        pictures = samples(session.state.denoiser.config, weights, session.ranks.device)
-        session.events.picture("samples", pictures, session.state.step)
+        session.events.picture("samples", draw(session, weights), session.state.step)
         session.events.keep(session.state.step, session.record)
     session.watch = Watch()
 
@@ -175,7 +174,7 @@ def _close(session: Session) -> None:
             record = session.record
             resume(session, record.best)
             session.record = record
-        publish(session.uri, session.config, session.dataset, session.state, session.record, session.ranks)
+        publish(session)
     if session.events:
         session.events.keep(session.state.step, session.record)
         if not session.leaves:

@@ -7,7 +7,7 @@ from diffusion_core.memory import USABLE, largest_micro_batch, memory_of
 from diffusion_core.strategies import Ranks
 from pipelines.config import PipelineError, TrainConfig
 from pipelines.dataset import Dataset
-from pipelines.train.plan import model_config, optimisation
+from pipelines.train.plan import largest_share, model_config, optimisation
 
 
 def micro_batch_of(config: TrainConfig, dataset: Dataset, ranks: Ranks, group: dist.ProcessGroup | None) -> int | None:
@@ -18,7 +18,7 @@ def micro_batch_of(config: TrainConfig, dataset: Dataset, ranks: Ranks, group: d
     if config.micro_batch != "auto":
         return None if config.micro_batch == "all" else int(config.micro_batch)
     model, settings = model_config(config, dataset), optimisation(config, ranks.world)
-    share = -(-config.streams // ranks.world) * (config.global_batch_size // config.streams)
+    share = largest_share(config, ranks.world)
     budget = int(memory_of(ranks.device, ranks.local_world) * USABLE)
     try:
         fits = largest_micro_batch(

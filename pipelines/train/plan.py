@@ -117,10 +117,14 @@ def optimisation(config: TrainOptions, world: int = 1, micro_batches: int = 1) -
     )  # fmt: skip
 
 
+def largest_share(config: TrainOptions, world: int) -> int:
+    """Pictures of a global batch that fall to the rank with the most streams."""
+    return -(-config.streams // world) * (config.global_batch_size // config.streams)
+
+
 def micro_batches(config: TrainConfig, world: int, micro_batch: int | None) -> int:
     """Parts that every rank cuts its share into so that none has more than `micro_batch` pictures (None: no limit)."""
-    share = config.global_batch_size // config.streams
-    most, fewest = -(-config.streams // world) * share, config.streams // world * share
+    most, fewest = largest_share(config, world), config.streams // world * (config.global_batch_size // config.streams)
     # Ranks gather sharded weights together, so all must take the same number of turns.
     return min(-(-most // (micro_batch or most)), fewest)
 

@@ -7,43 +7,46 @@ from diffusion_core.config import ModelConfig, SamplerConfig
 from diffusion_core.denoiser import Denoiser, guidance, guided
 from diffusion_core.noise import derive_seeds
 from diffusion_core.samplers import make_plan, model_grid, sample, start_noise
-from diffusion_core.strategies import Ranks
-from diffusion_core.training import TrainState
 from diffusion_core.unet import UNet
 from pipelines import storage
 from pipelines.checkpoint import whole
-from pipelines.config import TrainConfig, what
-from pipelines.dataset import Dataset
+from pipelines.config import what
 from pipelines.images import Pixels, to_bytes, to_png
 from pipelines.model import Publication, publish_model
 from pipelines.report import grid
-from pipelines.train.plan import Record, parent_digest, published
+from pipelines.train.plan import parent_digest, published
+from pipelines.train.session import Session
 
 _COLUMNS = 8
 _SEED = 7
 _GUIDANCE = 2.0
-_STEPS = 18
 
 
-def publish(
-    run: str, config: TrainConfig, dataset: Dataset, state: TrainState, record: Record, ranks: Ranks
-) -> str:  # fmt: skip
+def publish(session: Session) -> str:
     """The model folder of the state's step, written by rank 0 from what all ranks hold; its URI.
 
     What is there already stays: the same step of the same run has the same weights.
     """
-    folder = published(run, state.step)
+    config, dataset, state, record = session.config, session.dataset, session.state, session.record
+    folder = published(session.uri, state.step)
     averages = {width: whole(average) for width, average in zip(config.ema, state.ema, strict=True)}
-    if ranks.rank == 0 and not storage.is_published(folder):
-        model = state.denoiser.config
+    if session.leads and not storage.is_published(folder):
         lineage = {
             "name": config.name, "settings": what(config), "dataset": dataset.uri, "dataset_digest": dataset.digest,
             "step": state.step, "parent": parent_digest(config),
         }  # fmt: skip
         curves = {"curve": record.curve, "validation": record.validation}
-        pictures = to_png(samples(model, averages[config.ema[0]], ranks.device))
-        publish_model(folder, Publication(model, averages, lineage, curves, pictures))
+        pictures = to_png(draw(session, averages[config.ema[0]]))
+        publish_model(folder, Publication(state.denoiser.config, averages, lineage, curves, pictures))
     return folder
+
+
+def draw(session: Session, weights: dict[str, Tensor]) -> Pixels:
+    """The sample grid of the state's step, which a validation and a publication of that step share."""
+    step = session.state.step
+    if step not in session.drawn:
+        session.drawn = {step: samples(session.state.denoiser.config, weights, session.ranks.device)}
+    return session.drawn[step]
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from diffusion_core.unet import UNet
 from pipelines.checkpoint import Retention, Writer, restore
 from pipelines.config import PipelineError, TrainConfig
 from pipelines.dataset import Dataset, open_dataset
+from pipelines.images import Pixels
 from pipelines.model import load_model
 from pipelines.progress import print_line
 from pipelines.train.curves import Events, Watch
@@ -59,6 +60,7 @@ class Session:
     watch: Watch = field(default_factory=Watch)
     events: Events | None = None
     saved: int = -1
+    drawn: dict[int, Pixels] = field(default_factory=dict)
     not_finite: list[int] = field(default_factory=list)
     rollbacks: int = 0
     looked: float = 0.0

@@ -15,6 +15,7 @@ from diffusion_core.strategies import Ranks
 from diffusion_core.training import TrainState
 from pipelines.dataset import Dataset, Rows
 from pipelines.images import to_floats
+from pipelines.train.batches import labels_of
 
 # From faint noise to nothing but noise; picture i is looked at with level i modulo their number.
 LEVELS = (0.05, 0.15, 0.4, 1.0, 3.0, 10.0)
@@ -93,7 +94,7 @@ def _losses(state: TrainState, rows: Rows, classes: int, device: torch.device) -
     """Losses [B] of a few pictures."""
     x0 = torch.from_numpy(to_floats(rows.pixels)).to(device, memory_format=torch.channels_last)
     ids = torch.from_numpy(rows.ids).to(device)
-    label = torch.from_numpy(np.where(rows.labels < 0, classes, rows.labels)).to(device) if classes else None
+    label = labels_of(rows, classes)
     sigma = torch.tensor(LEVELS, device=device)[ids % len(LEVELS)]
     noise = normal(derive_seeds(_SEED, ids), "train_noise", 0, x0.shape[1:], x0.dtype)
-    return per_sample_loss(state.denoiser, x0, sigma, noise, label, "edm")
+    return per_sample_loss(state.denoiser, x0, sigma, noise, None if label is None else label.to(device), "edm")
