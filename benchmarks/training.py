@@ -386,7 +386,7 @@ def trained(dataset: str, asked: argparse.Namespace, **more: Any) -> Windows:
         (folder,) = Path(store).glob("models/*/*/tensorboard")
         events = EventAccumulator(str(folder)).Reload()
         rates = [event.value for event in events.Scalars("pictures a second")]
-        waits = [event.value for event in events.Scalars("data wait, share of time")]
+        waits = [event.value for event in events.Scalars("data wait share")]
     return Windows([asked.batch / rate for rate in rates[1:]], waits[1:])
 
 
