@@ -14,6 +14,7 @@ from pipelines.config import Outcome, PipelineError, Settings
 
 _OBJECT_STORE_BYTES = 400_000_000
 _POLL_S = 1.0
+_IDLE_WORKER_MS = 30_000
 _EXCLUDED = (".venv", ".venv-s3", ".git", "runs", "tests", "docs", ".mypy_cache", ".ruff_cache", ".pytest_cache")
 
 
@@ -116,7 +117,12 @@ def connect() -> None:
         return
     for name in ("ray.data", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    own = {"address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+    # Ray ends a worker that was idle for a second; each new one then costs two: stages have many short steps.
+    keep = {"idle_worker_killing_time_threshold_ms": _IDLE_WORKER_MS}
+    own = {
+        "address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES,
+        "_system_config": keep,
+    }  # fmt: skip
     # Workers' lines are for Ray's log files: what people should see comes through progress.Board and as errors.
     ray.init(**({} if settings.ray_address() else own), logging_level=logging.WARNING, log_to_driver=False)
 
