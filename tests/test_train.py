@@ -111,12 +111,21 @@ def test_a_notice_that_a_node_goes_saves_at_once_and_training_goes_on(quiet, tmp
 
 
 LONG = {"steps": 60, "checkpoint_every": 50}
+SHORT = {"steps": 24, "checkpoint_every": 20}
 
 
 @pytest.fixture(scope="module")
 def long_run(tmp_path_factory, tiny_dataset):
     """Sixty steps on one rank."""
     run = config(tmp_path_factory.mktemp("long"), tiny_dataset, **LONG)
+    train.train_on_rank(run, host=QUIET)
+    return run
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory, tiny_dataset):
+    """Twenty-four steps on one rank."""
+    run = config(tmp_path_factory.mktemp("short"), tiny_dataset, **SHORT)
     train.train_on_rank(run, host=QUIET)
     return run
 
@@ -138,40 +147,44 @@ def many_ways(tmp_path_factory, tiny_dataset, long_run):
         ),
     }  # fmt: skip
     train_together(2, place, *((run, 2, None) for run in pairs.values()))
-    three, four = way("three"), way("hsdp", strategy="hsdp")
-    train_together(3, place, (three, 3, None))
-    train_together(4, place, (four, 2, None))
     alone = way("alone", micro_batch="2")
     train.train_on_rank(alone, host=QUIET)
-    return pairs | {"three": three, "hsdp": four, "alone, accumulated": alone}
+    return pairs | {"alone, accumulated": alone}
 
 
-@pytest.mark.parametrize(
-    "way",
-    ["ddp", "fsdp", "accumulated", "fsdp accumulated, checkpointed", "three", "hsdp", "alone, accumulated"],
-)
-def test_every_way_of_sharing_the_work_learns_the_same(long_run, many_ways, way):
-    run = many_ways[way]
-    assert distance(long_run, run) < 1e-4
-    ours, theirs = curves(long_run), curves(run)
-    assert len(ours["curve"]) == 6
+def assert_alike(run, other, points):
+    assert distance(run, other) < 1e-4
+    ours, theirs = curves(run), curves(other)
+    assert len(ours["curve"]) == points
     for name in ("curve", "validation"):
         assert np.allclose(ours[name], theirs[name], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp", "accumulated", "fsdp accumulated, checkpointed", "alone, accumulated"])
+def test_every_way_of_sharing_the_work_learns_the_same(long_run, many_ways, way):
+    assert_alike(long_run, many_ways[way], 6)
+
+
+@pytest.mark.parametrize(("world", "strategy"), [(3, "ddp"), (4, "hsdp")])
+def test_more_ranks_learn_the_same(short_run, tmp_path, tiny_dataset, world, strategy):
+    run = config(tmp_path, tiny_dataset, **SHORT, strategy=strategy)
+    train_together(world, tmp_path, (run, world // 2 if strategy == "hsdp" else world, None))
+    assert_alike(short_run, run, 3)
 
 
 def test_the_way_is_no_part_of_the_result(long_run, many_ways):
     assert {folder_of(run).rsplit("/", 1)[1] for run in many_ways.values()} == {folder_of(long_run).rsplit("/", 1)[1]}
 
 
-def test_a_checkpoint_of_two_shards_goes_on_in_one_process_and_back_in_two(long_run, tmp_path, tiny_dataset, store):
-    run = config(store, tiny_dataset, **LONG, strategy="fsdp")
-    train_together(2, tmp_path, (run, 2, 20))
-    assert steps(folder_of(run)) == [20]
-    train.train_on_rank(run, host=stop_after(20))
-    assert steps(folder_of(run)) == [20, 40]
+def test_a_checkpoint_of_two_shards_goes_on_in_one_process_and_back_in_two(short_run, tmp_path, tiny_dataset, store):
+    run = config(store, tiny_dataset, **SHORT, strategy="fsdp")
+    train_together(2, tmp_path, (run, 2, 8))
+    assert steps(folder_of(run)) == [8]
+    train.train_on_rank(run, host=stop_after(8))
+    assert steps(folder_of(run)) == [8, 16]
     (tmp_path / "again").mkdir()
     train_together(2, tmp_path / "again", (run, 2, None))
-    assert distance(long_run, run) < 1e-4
+    assert distance(short_run, run) < 1e-4
 
 
 def test_bfloat16_learns_nearly_the_same_and_keeps_full_weights(long_run, tmp_path, tiny_dataset):
