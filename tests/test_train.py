@@ -165,11 +165,12 @@ def test_every_way_of_sharing_the_work_learns_the_same(long_run, many_ways, way)
     assert_alike(long_run, many_ways[way], 6)
 
 
-@pytest.mark.parametrize(("world", "strategy"), [(3, "ddp"), (4, "hsdp")])
-def test_more_ranks_learn_the_same(short_run, tmp_path, tiny_dataset, world, strategy):
+@pytest.mark.parametrize(("world", "local_world", "strategy"), [(3, 3, "ddp"), (4, 2, "hsdp")])
+def test_more_ranks_learn_the_same(short_run, tmp_path, tiny_dataset, world, local_world, strategy):
     run = config(tmp_path, tiny_dataset, **SHORT, strategy=strategy)
-    train_together(world, tmp_path, (run, world // 2 if strategy == "hsdp" else world, None))
+    train_together(world, tmp_path, (run, local_world, None))
     assert_alike(short_run, run, 3)
+    assert folder_of(run).rsplit("/", 1)[1] == folder_of(short_run).rsplit("/", 1)[1]
 
 
 def test_the_way_is_no_part_of_the_result(long_run, many_ways):

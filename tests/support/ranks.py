@@ -34,7 +34,6 @@ def stop_after(steps):
 
 def _rank(rank, world, meeting, jobs, environment):
     os.environ.update(environment)
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}/meeting-{world}", rank=rank, world_size=world)
     for settings, local_world, stop in jobs:
         train_on_rank(TrainConfig.model_validate(settings), Ranks(rank, world, local_world), stop_after(stop))
