@@ -111,6 +111,16 @@ class Clock:
         return outcome.uri
 
 
+def run_here(run: Any, config: Settings) -> str:
+    """The URI that a flow returns, told once Ray is gone, so that nothing of Ray's is printed after it."""
+    from pipelines.jobs import disconnect
+
+    try:
+        return str(value_of(run(config, return_state=True)))
+    finally:
+        disconnect()
+
+
 def told(run: Callable[[], Made]) -> Made | State[Any]:
     """What `run` returns; an error that a user can mend becomes a failed state with its one line, without a trace."""
     try:
@@ -141,7 +151,7 @@ def main(arguments: Sequence[str]) -> int:
         if name not in FLOWS:
             raise PipelineError(f"no flow {name!r}; there are {', '.join(FLOWS)}")
         run, kind = FLOWS[name]
-        print(value_of(run(parse(kind, f"python flows.py {name}", flags), return_state=True)))
+        print(run_here(run, parse(kind, f"python flows.py {name}", flags)))
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

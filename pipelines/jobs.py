@@ -14,7 +14,7 @@ from pipelines.config import Outcome, PipelineError, Settings
 
 _OBJECT_STORE_BYTES = 400_000_000
 _POLL_S = 1.0
-_IDLE_WORKER_MS = 30_000
+_IDLE_WORKER_MS = 5_000
 _EXCLUDED = (".venv", ".venv-s3", ".git", "runs", "tests", "docs", ".mypy_cache", ".ruff_cache", ".pytest_cache")
 
 
