@@ -55,18 +55,26 @@ def run_pipeline(config: PipelineConfig, clock: "Clock") -> str:
     place = {"store": config.store, "name": config.name}
     dataset = clock.time("ingest", narrow(config, IngestConfig), config.cluster)
     model = clock.time("train", narrow(config.train, TrainConfig, dataset=dataset, **place), config.cluster)
+    generation = narrow(config.generate, GenerateConfig, model=model, **place)
+    judging = narrow(config.evaluate, EvaluateConfig, dataset=dataset, model=model, **place)
     # A cluster's service is deployed and not started by a flow, so there the stages load the model themselves.
-    url = (
-        None if config.cluster else value_of(serve(narrow(config, ServeConfig, model=model, port=0), return_state=True))
-    )
-    via = {"via": "serve"} if url else {}
-    images = clock.time(
-        "generate", narrow(config.generate, GenerateConfig, model=model, **place, **via), config.cluster
-    )
-    inputs = {"dataset": dataset, "model": model, "images": images, "url": url}
-    evaluation = clock.time("evaluate", narrow(config.evaluate, EvaluateConfig, **inputs, **place), config.cluster)
+    url = None
+    if not config.cluster and not is_done(generation, judging):
+        url = value_of(serve(narrow(config, ServeConfig, model=model, port=0), return_state=True))
+    via: Any = {"via": "serve"} if url else {}
+    images = clock.time("generate", generation.model_copy(update=via), config.cluster)
+    judging = judging.model_copy(update={"images": images, "url": url})
+    evaluation = clock.time("evaluate", judging, config.cluster)
     uris = {"ingest": dataset, "train": model, "generate": images, "evaluate": evaluation}
     return str(value_of(report(uris, clock.seconds, config, return_state=True)))
+
+
+def is_done(generation: GenerateConfig, judging: EvaluateConfig) -> bool:
+    """Whether the store has the images and their evaluation, so that no service is needed."""
+    from pipelines.jobs import find_result
+
+    images = find_result("generate", generation)
+    return images is not None and bool(find_result("evaluate", judging.model_copy(update={"images": images.uri})))
 
 
 @task(task_run_name="{name}")

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 Purpose = Literal[
-    "start", "sampler", "known", "degrade", "seed", "train_noise", "train_sigma", "train_label", "train_flip"
-]
+    "start", "sampler", "known", "degrade", "seed", "train_noise", "train_sigma", "train_label", "train_flip",
+    "dequantise", "probe",
+]  # fmt: skip
 PURPOSES: dict[Purpose, int] = {purpose: number for number, purpose in enumerate(get_args(Purpose), start=1)}
 
 _MASK = 0xFFFFFFFF
@@ -52,6 +53,13 @@ def nearby(
 def uniform(seeds: Tensor, purpose: Purpose, step: int | Tensor) -> Tensor:
     """One float64 number in (0, 1) for each of `seeds` [B]."""
     return (_random_words(seeds, purpose, step, 1)[:, 0].to(torch.float64) + 0.5) / 2.0**32
+
+
+def uniform_field(seeds: Tensor, purpose: Purpose, step: int | Tensor, shape: Sequence[int]) -> Tensor:
+    """Uniform float64 numbers in (0, 1), [B, *shape], for `seeds` [B] (int64)."""
+    count = math.prod(shape)
+    words = _random_words(seeds, purpose, step, count)[:, :count]
+    return ((words.to(torch.float64) + 0.5) / 2.0**32).reshape(-1, *shape)
 
 
 def derive_seeds(seed: int, index: Tensor) -> Tensor:

@@ -55,13 +55,13 @@ def run_stage(name: str, config: Settings, cluster: str | None = None) -> Outcom
     """
     settings.choose_ray_authentication()
     module = importlib.import_module(STAGES[name].module)
-    found: Outcome | None = module.find(config)
+    found = find_result(name, config)
     if found is not None:
         print(f"{name}: found {found.uri}", flush=True)
         return found
     if cluster is not None:
         _submit(name, config, cluster)
-        return _made(name, module.find(config), cluster)
+        return _made(name, find_result(name, config), cluster)
     if STAGES[name].needs_ray:
         connect()
     try:
@@ -72,6 +72,12 @@ def run_stage(name: str, config: Settings, cluster: str | None = None) -> Outcom
             raise
         raise mendable from error
     return made
+
+
+def find_result(name: str, config: Settings) -> Outcome | None:
+    """The result of a stage with these settings, if it is there. Raises PipelineError where an input is missing."""
+    found: Outcome | None = importlib.import_module(STAGES[name].module).find(config)
+    return found
 
 
 def print_stage(name: str, config: Settings) -> None:

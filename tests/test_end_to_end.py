@@ -8,8 +8,9 @@ from conftest import ROOT
 
 SETTINGS = {
     "resolution": 8, "draw.count": 96, "draw.shard-size": 48, "train.preset": "tiny", "train.steps": 20,
-    "train.global-batch-size": 16, "generate.count": 20, "generate.shard-size": 8, "generate.steps": 3,
-    "evaluate.samples": 8, "evaluate.edits": 4, "evaluate.steps": 3, "evaluate.classifier-steps": 20,
+    "train.global-batch-size": 16, "train.workers": 1, "generate.count": 20, "generate.shard-size": 8,
+    "generate.steps": 3, "evaluate.samples": 8, "evaluate.edits": 4, "evaluate.steps": 3,
+    "evaluate.classifier-steps": 20,
 }  # fmt: skip
 FLAGS = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
 

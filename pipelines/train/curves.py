@@ -15,15 +15,14 @@ from diffusion_core.config import UNetConfig
 from diffusion_core.flops import peak_flops, training_flops
 from diffusion_core.strategies import Ranks
 from pipelines import storage
-from pipelines.config import PipelineError
 from pipelines.images import Pixels
 from pipelines.report import loss_curve
 from pipelines.train.plan import Record
+from pipelines.train.tracking import Tracking
 from pipelines.train.validation import LEVELS
 
 # Edges of the noise levels by which the training loss is told.
 EDGES = (0.1, 0.3, 1.0)
-_EXPERIMENT = "image-diffusion"
 _ROTATE_BYTES = 4 * 2**20
 
 
@@ -54,17 +53,16 @@ class Events:
         self, run: str, step: int, mlflow: str | None, settings: dict[str, Any], tell: Callable[[str], None]
     ) -> None:
         self.run, self.folder, self.tell = run, tempfile.TemporaryDirectory(prefix="tensorboard-"), tell
-        self.mlflow = _MlflowRun(mlflow, run, settings) if mlflow else None
+        self.mlflow = Tracking(mlflow, run, settings) if mlflow else None
         self.writer = self._open(step)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Numbers by name at a step."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
-        if self.mlflow:
-            trouble = self.mlflow.log(values, step)
-            if trouble:
-                self.tell(f"train: step {step} is missing in MLflow: {trouble}")
+        trouble = self.mlflow.log(values, step) if self.mlflow else ""
+        if trouble:
+            self.tell(f"train: {trouble}")
 
     def picture(self, name: str, pixels: Pixels, step: int) -> None:
         """A picture, uint8 [H, W, 3]."""
@@ -86,7 +84,10 @@ class Events:
         storage.write_bytes(storage.join(self.run, "curve.png"), png)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Send what waits for MLflow, and let go of the files."""
+        trouble = self.mlflow.close() if self.mlflow else ""
+        if trouble:
+            self.tell(f"train: {trouble}; they are not sent again")
         self.writer.close()
         self.folder.cleanup()
 
@@ -95,46 +96,6 @@ class Events:
 
         # Steps that a stopped run had told before, and that are told again, are dropped by purge_step.
         return SummaryWriter(self.folder.name, purge_step=step + 1)
-
-
-class _MlflowRun:
-    """The MLflow run of a training run, found again by its address."""
-
-    def __init__(self, address: str, run: str, settings: dict[str, Any]) -> None:
-        try:
-            from mlflow import MlflowClient
-            from mlflow.exceptions import MlflowException
-        except ImportError as error:
-            raise PipelineError(f"--mlflow {address}: pip install mlflow-skinny first") from error
-        self.trouble = MlflowException
-        try:
-            self.client = MlflowClient(tracking_uri=address)
-            self.run_id = self._found("/".join(run.split("/")[-2:]), settings)
-        except MlflowException as error:
-            raise PipelineError(f"--mlflow {address}: {str(error).splitlines()[0]}") from error
-
-    def _found(self, name: str, settings: dict[str, Any]) -> str:
-        """The id of the run of this name, begun with its settings where there is none."""
-        experiment = self.client.get_experiment_by_name(_EXPERIMENT)
-        number = experiment.experiment_id if experiment else self.client.create_experiment(_EXPERIMENT)
-        known = self.client.search_runs([number], f"attributes.run_name = '{name}'")
-        if known:
-            return str(known[0].info.run_id)
-        begun = str(self.client.create_run(number, run_name=name).info.run_id)
-        for key, value in settings.items():
-            self.client.log_param(begun, key, value)
-        return begun
-
-    def log(self, values: dict[str, float], step: int) -> str:
-        """Metrics at a step; what went wrong, for which no training should stop."""
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        try:
-            self.client.log_batch(self.run_id, [Metric(name, value, now, step) for name, value in values.items()])
-        except self.trouble as error:
-            return str(error).splitlines()[0]
-        return ""
 
 
 def level_sums(losses: Tensor, sigma: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from diffusion_core.training import Batch, learning_rate, rehearse, sigmas_of, t
 from pipelines.checkpoint import whole
 from pipelines.config import PipelineError, TrainConfig
 from pipelines.progress import Progress
-from pipelines.train.batches import to_batch
+from pipelines.train.batches import fetched, to_batch
 from pipelines.train.curves import Watch, level_scalars, level_sums, memory_bytes, utilisation, validation_scalars
 from pipelines.train.guards import pass_over, watch_heldout
 from pipelines.train.memory import advice, is_out_of_memory
@@ -65,8 +65,8 @@ def _batches(session: Session) -> Iterator[Batch]:
     stream = stream_of(config, session.dataset, session.ranks)
     place = torch.from_numpy(stream.places()).to(session.ranks.device)
     rows = stream.batches(first, config.steps, ahead=session.host.read_ahead)
-    for step, each in enumerate(rows, start=first):
-        batch = to_batch(each, place, config, step, classes)
+    made = (to_batch(each, place, config, step, classes) for step, each in enumerate(rows, start=first))
+    for step, batch in enumerate(fetched(made, place.device) if session.host.read_ahead else made, start=first):
         if step == first and session.ranks.world > 1 and config.strategy == "ddp":
             rehearse(session.state, batch, session.settings)
         yield batch

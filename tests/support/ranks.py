@@ -10,12 +10,18 @@ from diffusion_core.strategies import Ranks
 from pipelines.config import TrainConfig
 from pipelines.train import Host, train_on_rank
 
+# What a run imports only when it comes to it.
+_LATER = (
+    "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.tensor", "torch.utils.tensorboard",
+    "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg",
+)  # fmt: skip
+
 
 def train_together(world, meeting, *runs):
     """Train each of `runs` (settings, ranks on a node, steps after which to stop or None) on `world` ranks."""
     jobs = [(config.model_dump(mode="json"), local_world, stop_after) for config, local_world, stop_after in runs]
     # What all ranks import is imported once, and then forked.
-    multiprocessing.set_forkserver_preload(["support.ranks"])
+    multiprocessing.set_forkserver_preload(["support.ranks", *_LATER])
     torch.multiprocessing.start_processes(
         _rank, (world, str(meeting), jobs, dict(os.environ)), nprocs=world, start_method="forkserver"
     )
