@@ -30,7 +30,7 @@ from diffusion_core.engine import Engine
 from diffusion_core.noise import normal
 from diffusion_core.tasks import Request, prepare
 from pipelines.dataset import open_dataset
-from pipelines.features import predict, train_classifier
+from pipelines.features.learned import predict, train_classifier
 from pipelines.images import to_bytes, to_floats
 from pipelines.model import load_model, newest_model
 from pipelines.storage import StorageError

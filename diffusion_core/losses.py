@@ -7,7 +7,13 @@ from torch import Tensor
 
 from diffusion_core.config import Weighting
 from diffusion_core.denoiser import Denoiser
+from diffusion_core.noise import derive_seeds, normal
 from diffusion_core.schedules import add_noise
+
+# Noise levels at which held-out pictures are looked at: from faint noise to nothing but noise.
+LEVELS = (0.05, 0.15, 0.4, 1.0, 3.0, 10.0)
+# Not a run's seed: the same noise for every run.
+_HELDOUT_SEED = 20_061
 
 # sigma [B], c_out [B], sigma_data, gamma -> w [B]. The signal-to-noise ratio is 1/sigma², and an error of the
 # picture D is c_out times one of F; so a weight of w on F is w/c_out² on D.
@@ -40,3 +46,12 @@ def per_sample_loss(
     target = (x0 - c_skip * x) / c_out
     error = (denoiser.raw(x, sigma, label).to(x.dtype) - target).square().flatten(1).mean(dim=1)
     return WEIGHTINGS[weighting](sigma.to(x.dtype), c_out.flatten(), denoiser.config.sigma_data, gamma) * error
+
+
+def heldout_loss(denoiser: Denoiser, x0: Tensor, ids: Tensor, sigma: Tensor, label: Tensor | None) -> Tensor:
+    """Error on D by EDM's weight, [B], of x0 [B, C, H, W] at sigma [B], with noise that `ids` [B] fix for all models.
+
+    That weight makes networks of different predictions comparable (Karras et al. 2022, table 1).
+    """
+    noise = normal(derive_seeds(_HELDOUT_SEED, ids), "train_noise", 0, x0.shape[1:], x0.dtype)
+    return per_sample_loss(denoiser, x0, sigma, noise, label, "edm")

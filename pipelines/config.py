@@ -373,19 +373,51 @@ class GenerateConfig(GenerateOptions, EngineOptions, Place):
 class EvaluateOptions(SampleOptions):
     """What to measure and show."""
 
-    samples: int = Field(64, ge=1, description="pictures generated over all classes")
-    edits: int = Field(16, ge=1, description="held-out pictures inpainted and denoised")
-    noise_level: float = Field(0.4, gt=0, description="sigma of the noise to remove, for pictures in [-1, 1]")
-    classifier_steps: int = Field(500, ge=0, description="training steps of the judging classifier; 0 leaves it out")
+    samples: int = Field(
+        512, ge=2, description="pictures generated over all classes, to be compared with the dataset's"
+    )
+    features: str = Field(
+        "own",
+        description="what compares pictures: own (learned on the dataset), inception:WEIGHTS (then it is FID), or a "
+        "file: .safetensors of an own one, .pt2 of torch.export, .pt of TorchScript",
+    )
+    trust: Annotated[bool, How()] = Field(False, description="open a TorchScript file, which may run any code")
+    feature_steps: int = Field(500, ge=1, description="training steps of the dataset's own extractor and classifier")
+    edits: int = Field(16, ge=1, description="held-out pictures inpainted by every mask and denoised at every level")
+    noise_levels: list[Annotated[float, Field(gt=0)]] = Field(
+        [0.1, 0.2, 0.4, 0.8], min_length=1, description="sigma of the noise to remove, for pictures in [-1, 1]"
+    )
+    curve_samples: int = Field(
+        128, ge=0, description="pictures by every sampler and number of steps, to show what steps buy; 0 leaves it out"
+    )
+    curve_samplers: list[SamplerName] = Field(["angular_3", "dpmpp_2m", "ddim"], min_length=1, description="samplers")
+    curve_steps: list[Annotated[int, Field(ge=1, le=1000)]] = Field(
+        [5, 8, 12, 18, 30], min_length=1, description="denoiser calls a picture"
+    )
+    likelihood: int = Field(32, ge=0, description="held-out pictures whose bits per dimension are taken; 0 for none")
+    likelihood_steps: int = Field(16, ge=2, description="steps of the solver for it, four denoiser calls each")
+    bootstrap: int = Field(200, ge=10, description="resampled sets that intervals are taken from")
     seed: int = Field(2, ge=0, description="keys the samples")
 
+    @field_validator("features")
+    @classmethod
+    def _reachable_from_anywhere(cls, value: str) -> str:
+        if value == "own":
+            return value
+        kind = "inception:" if value.startswith("inception:") else ""
+        return kind + absolute(value.removeprefix("inception:"))
 
-class EvaluateConfig(EvaluateOptions, Place):
-    """Generate, inpaint and denoise with a model, and measure the results."""
+
+class EvaluateConfig(EvaluateOptions, EngineOptions, Place):
+    """Measure a model: its samples against the dataset, its edits of held-out pictures, what it makes of those."""
 
     dataset: Annotated[Uri, How()] = Field(description="URI of the dataset (its folder)")
     model: Annotated[Uri, How()] = Field(description="URI of the published model (its folder)")
-    url: Annotated[str | None, How()] = Field(None, description="call this service over HTTP; else load the model here")
+    against: Annotated[Uri | None, How()] = Field(None, description="URI of another model to show side by side with it")
+    url: Annotated[str | None, How()] = Field(
+        None, description="make the pictures by this service, over HTTP; else by workers on the whole cluster"
+    )
+    workers: Annotated[int, How()] = Field(0, ge=0, description="workers; 0 takes one per GPU, else one per two cores")
     images: Annotated[Uri | None, How()] = Field(None, description="URI of bulk-generated images to judge as well")
 
 

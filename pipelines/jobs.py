@@ -43,7 +43,7 @@ STAGES: dict[str, Stage] = {
     "plan": Stage(settings.PlanConfig, "pipelines.plan", needs_ray=False, makes_result=False),
     "train": Stage(settings.TrainConfig, "pipelines.train", command=settings.TrainCommand),
     "generate": Stage(settings.GenerateConfig, "pipelines.bulk"),
-    "evaluate": Stage(settings.EvaluateConfig, "pipelines.evaluate", needs_ray=False),
+    "evaluate": Stage(settings.EvaluateConfig, "pipelines.evaluate"),
     "serve": Stage(settings.ServeConfig, "pipelines.serve"),
 }
 

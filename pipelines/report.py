@@ -11,6 +11,7 @@ import markupsafe
 import numpy as np
 
 from pipelines import storage
+from pipelines.dataset import Rows
 from pipelines.images import Pixels
 from pipelines.progress import duration
 
@@ -70,18 +71,38 @@ def write_report(store: str, report: dict[str, Any]) -> str:
     """Write report.html (one file, no outside links) and report.json into the store; returns the page's URI."""
     evaluation = storage.read_manifest(report["uris"]["evaluate"], "evaluation")
     pictures = {
-        name: _data_uri(storage.read_part(report["uris"]["evaluate"], part))
+        name: data_uri(storage.read_part(report["uris"]["evaluate"], part))
         for name, part in evaluation["pictures"].items()
     }
     text = resources.files("pipelines").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"duration": duration, "percent": lambda share: f"{100 * share:.1f} %"}
     page = environment.from_string(text).render(
-        **report, pictures=pictures, curve=markupsafe.Markup(_inline(loss_curve(**report["training"]["curves"])))
+        **report, pictures=pictures, curve=markupsafe.Markup(inline(loss_curve(**report["training"]["curves"])))
     )
     storage.write_bytes(storage.join(store, "report.json"), storage.to_json(report))
     storage.write_bytes(storage.join(store, "report.html"), page.encode())
     return storage.join(store, "report.html")
+
+
+def by_class(rows: Rows, count: int) -> Pixels:
+    """The first `count` pictures with the classes in turn."""
+    rank = np.zeros(len(rows.labels), dtype=np.int64)
+    for label in np.unique(rows.labels):
+        members = np.flatnonzero(rows.labels == label)
+        rank[members] = np.arange(len(members))
+    return rows.pixels[np.lexsort((rows.labels, rank))][:count]
+
+
+def inline(svg: bytes) -> str:
+    """An SVG drawing as part of a page."""
+    text = svg.decode()
+    return text[text.index("<svg") :]
+
+
+def data_uri(png: bytes) -> str:
+    """A picture as an address that holds it."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _smooth(values: np.ndarray[Any, np.dtype[np.float64]], keep: float = 0.8) -> list[float]:
@@ -91,13 +112,3 @@ def _smooth(values: np.ndarray[Any, np.dtype[np.float64]], keep: float = 0.8) ->
         total, weight = keep * total + value, keep * weight + 1
         out.append(total / weight)
     return out
-
-
-def _inline(svg: bytes) -> str:
-    """An SVG drawing as part of a page."""
-    text = svg.decode()
-    return text[text.index("<svg") :]
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -218,6 +218,16 @@ def put_part(folder: str, stem: str, suffix: str, data: bytes) -> dict[str, Any]
     return {"name": name, "bytes": len(data), "sha256": checksum}
 
 
+def find_part(folder: str, stem: str, suffix: str) -> tuple[dict[str, Any], bytes] | None:
+    """The part that an earlier run wrote by `put_part`, its bytes checked against the digest in its name."""
+    for info in list_if_any(join(folder, f"{stem}-*{suffix}")):
+        data, name = read_bytes(info.uri), info.uri.rsplit("/", 1)[1]
+        checksum = digest(data)
+        if name == f"{stem}-{checksum[:12]}{suffix}":
+            return {"name": name, "bytes": len(data), "sha256": checksum}, data
+    return None
+
+
 def read_part(folder: str, part: dict[str, Any]) -> bytes:
     """The bytes of a part that `put_part` described. Raises DamagedError where they are not those of the manifest."""
     uri = join(folder, part["name"])

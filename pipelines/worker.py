@@ -142,6 +142,17 @@ def load_worker(model_uri: str, device: str = "auto", lanes: int = LANES) -> Wor
     return Worker(load_model(model_uri), device, lanes)
 
 
+def pool_of(workers: int, tasks: int) -> dict[str, Any]:
+    """Arguments of a Ray Data map for a pool of workers: `workers`, or one per GPU, or one per two cores."""
+    import ray
+    import ray.data
+
+    resources = ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0))
+    size = min(tasks, workers or gpus or max(1, int(resources.get("CPU", 1)) // 2))
+    return {"compute": ray.data.ActorPoolStrategy(size=size), "num_cpus": 1, "num_gpus": 1 if gpus else 0}
+
+
 def picture_seed(seed: int, index: int) -> int:
     """The seed of picture `index` of a request or job with the seed `seed`."""
     return int(derive_seeds(seed, torch.tensor([index], dtype=torch.int64))[0])

@@ -1,6 +1,5 @@
 import numpy as np
 
-from pipelines.features import psnr, share_with_interval
 from pipelines.report import grid, loss_curve
 
 
@@ -24,16 +23,3 @@ def test_a_curve_shows_the_held_out_loss_beside_the_training_loss_and_is_a_pictu
     assert b"held out" in loss_curve(curve, [[15.0, 0.8], [30.0, 0.5]])
     assert b"held out" not in loss_curve(curve)
     assert loss_curve(curve, kind="png").startswith(b"\x89PNG")
-
-
-def test_a_share_has_its_wilson_interval():
-    told = share_with_interval(90, 100)
-    assert told["share"] == 0.9
-    assert abs(told["low"] - 0.8256) < 1e-3
-    assert abs(told["high"] - 0.9448) < 1e-3
-    assert abs(share_with_interval(100, 100)["high"] - 1.0) < 1e-12
-
-
-def test_psnr_of_a_known_error():
-    a = np.zeros((2, 4, 4, 3), dtype=np.uint8)
-    assert abs(psnr(a, a + 16) - 20 * np.log10(255 / 16)) < 1e-9

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from diffusion_core.config import UNetConfig
 from diffusion_core.flops import peak_flops, training_flops
+from diffusion_core.losses import LEVELS
 from diffusion_core.strategies import Ranks
 from pipelines import storage
 from pipelines.images import Pixels
 from pipelines.report import loss_curve
 from pipelines.train.plan import Record
 from pipelines.train.tracking import Tracking
-from pipelines.train.validation import LEVELS
 
 # Edges of the noise levels by which the training loss is told.
 EDGES = (0.1, 0.3, 1.0)

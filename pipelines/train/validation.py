@@ -9,20 +9,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion_core.losses import per_sample_loss
-from diffusion_core.noise import derive_seeds, normal
+from diffusion_core.losses import LEVELS, heldout_loss
 from diffusion_core.strategies import Ranks
 from diffusion_core.training import TrainState
 from pipelines.dataset import Dataset, Rows
 from pipelines.images import to_floats
 from pipelines.train.batches import labels_of
 
-# From faint noise to nothing but noise; picture i is looked at with level i modulo their number.
-LEVELS = (0.05, 0.15, 0.4, 1.0, 3.0, 10.0)
+# Picture i is looked at with level i modulo the number of LEVELS.
 _PICTURES = 384
 _AT_A_TIME = 32
-# Not the run's seed: the same noise for every run.
-_SEED = 20_061
 
 
 class Share(NamedTuple):
@@ -44,10 +40,7 @@ def heldout_share(dataset: Dataset, ranks: Ranks) -> Share | None:
 
 @torch.no_grad()
 def loss_sums(state: TrainState, share: Share, device: torch.device) -> list[float]:
-    """Sum of this rank's losses at each of LEVELS, then their counts: the first average's error on D, by EDM's weight.
-
-    That weight makes networks of different predictions comparable (Karras et al. 2022, table 1).
-    """
+    """Sum of this rank's losses at each of LEVELS, then their counts, with the weights of the first average."""
     rows, classes = share.rows, state.denoiser.config.unet.classes
     with averaged(state):
         parts = [
@@ -96,5 +89,4 @@ def _losses(state: TrainState, rows: Rows, classes: int, device: torch.device) -
     ids = torch.from_numpy(rows.ids).to(device)
     label = labels_of(rows, classes)
     sigma = torch.tensor(LEVELS, device=device)[ids % len(LEVELS)]
-    noise = normal(derive_seeds(_SEED, ids), "train_noise", 0, x0.shape[1:], x0.dtype)
-    return per_sample_loss(state.denoiser, x0, sigma, noise, None if label is None else label.to(device), "edm")
+    return heldout_loss(state.denoiser, x0, ids, sigma, None if label is None else label.to(device))

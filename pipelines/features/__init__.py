@@ -1,0 +1,1 @@
+"""What is measured on pictures: feature extractors, and distances between sets by their features."""
