@@ -18,6 +18,7 @@ Figure = dict[str, float]
 # Neighbours: precision and recall as Kynkäänniemi et al. 2019, density and coverage as Naeem et al. 2020.
 _NEAREST, _NEAREST_DENSITY = 3, 5
 _SUBSETS, _SUBSET = 20, 1000
+_AT_ONCE = 10**7  # distances held in memory
 
 
 class _Given(nn.Module):
@@ -116,7 +117,7 @@ def nearest(queries: Features, among: Features, count: int) -> tuple[NDArray[np.
     """Distances [N, count] and numbers [N, count] of the nearest of `among`, the nearest first."""
     parts = [
         torch.cdist(torch.from_numpy(part), torch.from_numpy(among)).topk(count, largest=False)
-        for part in np.array_split(queries, max(1, len(queries) * len(among) // 10**7))
+        for part in np.array_split(queries, max(1, len(queries) * len(among) // _AT_ONCE))
     ]
     return torch.cat([each.values for each in parts]).numpy(), torch.cat([each.indices for each in parts]).numpy()
 

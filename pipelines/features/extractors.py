@@ -2,6 +2,8 @@
 
 import io
 import json
+import pickle
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +26,10 @@ _BATCH = 128
 _WEIGHTS = "extractor.safetensors"
 _PICTURES = 20_000  # of the dataset, from which its own extractor learns
 _KINDS = "own, inception:WEIGHTS, FILE.safetensors of an own one, FILE.pt2 (torch.export), FILE.pt (TorchScript)"
+
+
+# What the readers of such files raise on others.
+_UNREADABLE = (RuntimeError, ValueError, KeyError, OSError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ def open_extractor(features: str, own: Extractor, trust: bool) -> Extractor:
             return Extractor(f"{uri.rsplit('/', 1)[1]} (torch.export)", "export", checksum, _exported(data))
         if uri.endswith(".pt"):
             return Extractor(f"{uri.rsplit('/', 1)[1]} (TorchScript)", "script", checksum, _script(data, uri, trust))
-    except (RuntimeError, ValueError, KeyError, OSError, safetensors.SafetensorError) as error:
+    except (*_UNREADABLE, safetensors.SafetensorError) as error:
         raise PipelineError(f"--features {uri}: {str(error).splitlines()[0]}; need one of {_KINDS}") from error
     raise PipelineError(f"--features {features}: need one of {_KINDS}")
 
