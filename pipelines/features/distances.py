@@ -49,7 +49,12 @@ def share(hits: NDArray[np.bool_]) -> Figure:
     z, p = 1.96, float(hits.mean())
     middle = (p + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(p * (1 - p) / count + z**2 / (4 * count**2))
-    return {"value": p, "low": max(0.0, middle - half), "high": min(1.0, middle + half), "count": float(count)}
+    return {
+        "value": p,
+        "low": min(p, max(0.0, middle - half)),
+        "high": max(p, min(1.0, middle + half)),
+        "count": float(count),
+    }
 
 
 def mean(values: NDArray[np.float64], rounds: int, rng: np.random.Generator) -> Figure:
