@@ -8,7 +8,7 @@ Prediction = Literal["eps", "x0", "v", "edm", "flow"]
 Weighting = Literal["unit", "min_snr", "soft_min_snr", "edm"]
 ScheduleName = Literal["linear", "cosine", "edm", "flow"]
 BetaName = Literal["linear", "scaled_linear", "cosine"]
-GridName = Literal["arctan", "karras", "log_snr", "uniform_t", "timesteps"]
+GridName = Literal["arctan", "karras", "log_snr", "uniform_t", "timesteps", "leading", "trailing"]
 SamplerName = Literal[
     "ddim", "ddpm", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "ipndm_4",
     "exponential_3", "exponential_4", "angular_3",

@@ -96,9 +96,10 @@ def sigma_grid(
 ) -> Tensor:
     """Decreasing sigmas [steps + 1] (float64) from sigma_max over sigma_min to 0; one step goes straight to 0.
 
-    "arctan" goes to 0 in place of sigma_min. "uniform_t" has equal steps of t in `schedule`. "timesteps" takes evenly
-    spaced entries of `levels`, a discrete model's own noise levels, within the range. Raises ValueError where
-    steps < 1, not 0 < sigma_min < sigma_max, or there are fewer levels than steps.
+    "arctan" goes to 0 in place of sigma_min. "uniform_t" has equal steps of t in `schedule`. "timesteps", "leading" and
+    "trailing" take entries of `levels`, a discrete model's own noise levels, within the range: evenly spaced with both
+    ends, or whole steps apart from the lowest up, or from the highest down (Lin et al. 2024, table 2). Raises
+    ValueError where steps < 1, not 0 < sigma_min < sigma_max, or there are fewer levels than steps.
     """
     if steps < 1:
         raise ValueError(f"steps: {steps}; need at least 1")
@@ -107,8 +108,8 @@ def sigma_grid(
     if grid == "arctan":
         return _arctan(torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64), sigma_min, sigma_max)
     fractions = torch.linspace(0.0, 1.0, steps, dtype=torch.float64)
-    if grid == "timesteps":
-        sigmas = _own_levels(fractions, sigma_min, sigma_max, levels)
+    if grid in _PLACES:
+        sigmas = _own_levels(grid, steps, sigma_min, sigma_max, levels)
     elif grid == "uniform_t":
         sigmas = _uniform_t(fractions, sigma_min, sigma_max, SCHEDULES[schedule])
     else:
@@ -215,15 +216,36 @@ def _uniform_t(fractions: Tensor, sigma_min: float, sigma_max: float, schedule: 
     return sigmas
 
 
-def _own_levels(fractions: Tensor, sigma_min: float, sigma_max: float, levels: Tensor | None) -> Tensor:
-    """Evenly spaced entries of a discrete model's own levels, from the highest down."""
+def _linspace(count: int, steps: int) -> Tensor:
+    """From count - 1 to 0, both ends included."""
+    return (1 - torch.linspace(0.0, 1.0, steps, dtype=torch.float64)) * (count - 1)
+
+
+def _leading(count: int, steps: int) -> Tensor:
+    """Whole steps apart, down to 0: the highest is left out."""
+    return torch.arange(steps - 1, -1, -1, dtype=torch.float64) * (count // steps)
+
+
+def _trailing(count: int, steps: int) -> Tensor:
+    """Equal steps apart from count - 1 down: the lowest is left out."""
+    return torch.round(count - torch.arange(steps, dtype=torch.float64) * count / steps) - 1
+
+
+# Timesteps of a discrete model of `count`, from the highest down.
+_PLACES: dict[str, Callable[[int, int], Tensor]] = {
+    "timesteps": _linspace, "leading": _leading, "trailing": _trailing,
+}  # fmt: skip
+
+
+def _own_levels(grid: str, steps: int, sigma_min: float, sigma_max: float, levels: Tensor | None) -> Tensor:
+    """Entries of a discrete model's own levels, from the highest down."""
     own = torch.empty(0) if levels is None else levels[(levels >= sigma_min) & (levels <= sigma_max)]
-    if len(own) < len(fractions):
+    if len(own) < steps:
         raise ValueError(
-            f"grid: timesteps has {len(own)} levels from {sigma_min} to {sigma_max} for {len(fractions)} steps; "
+            f"grid: {grid} has {len(own)} levels from {sigma_min} to {sigma_max} for {steps} steps; "
             "take fewer steps or another grid"
         )
-    return own[torch.round((1 - fractions) * (len(own) - 1)).long()].to(torch.float64)
+    return own[torch.round(_PLACES[grid](len(own), steps)).long()].to(torch.float64)
 
 
 def _cosine_betas(timesteps: Timesteps) -> Tensor:

@@ -19,7 +19,7 @@ from diffusion_core.schedules import (
 )
 
 NAMES = list(SCHEDULES)
-# Every grid but "timesteps", which needs a model's own levels: name and schedule
+# Every grid that needs no model's own levels: name and schedule
 GRIDS = [("arctan", "edm"), ("karras", "edm"), ("log_snr", "edm"), *[("uniform_t", name) for name in NAMES]]
 
 
@@ -145,6 +145,19 @@ def test_a_timestep_is_whole_at_its_level_linear_in_ln_sigma_and_held_at_the_end
     assert (found.diff() >= 0).all()
     assert (found[inside].diff() > 0).all()
     assert timestep_of(doubles(1e-9, 1e9), levels).tolist() == [0.0, 999.0]
+
+
+@pytest.mark.parametrize("steps", [2, 7, 50, 400, 1000])
+@pytest.mark.parametrize(
+    ("grid", "spacing"), [("timesteps", "linspace"), ("leading", "leading"), ("trailing", "trailing")]
+)
+def test_grids_of_own_timesteps_visit_those_of_diffusers(grid, spacing, steps):
+    levels = timestep_sigmas(Timesteps())
+    scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing)
+    scheduler.set_timesteps(steps)
+    found = sigma_grid(grid, steps, 1e-3, 1e3, levels=levels)
+    assert timestep_of(found[:-1], levels).round().long().tolist() == scheduler.timesteps.tolist()
+    assert found[-1] == 0
 
 
 def test_own_timesteps_are_taken_evenly_from_the_highest_down():
