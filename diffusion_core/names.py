@@ -1,15 +1,15 @@
-"""The U-Net's tensors and shape under the names of diffusers' UNet2DModel, both ways. The tensors are the same.
+"""The U-Net's tensors, its shape and a model's schedule under the names of diffusers, both ways.
 
-diffusers counts blocks by level, keeps attention beside the residual blocks, and down- and upsampling with their
-level; here each half is one list.
+The tensors are the same. diffusers counts blocks by level, keeps attention beside the residual blocks, and down- and
+upsampling with their level; here each half is one list.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from diffusion_core.config import UNetConfig
+from diffusion_core.config import BetaName, ModelConfig, Prediction, Timesteps, UNetConfig
 
 _FIXED = {
     "embed.inner": "time_embedding.linear_1",
@@ -27,6 +27,13 @@ _BLOCK = {
     "shortcut": "conv_shortcut",
 }
 _ATTENTION = {"norm": "group_norm", "query": "to_q", "key": "to_k", "value": "to_v", "out": "to_out.0"}
+# What attention's tensors were called before diffusers 0.15.
+_FORMER = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+_PREDICTIONS: dict[Prediction, str] = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+_BETAS: dict[BetaName, str] = {
+    "linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2",
+}  # fmt: skip
+NameT = TypeVar("NameT", bound=str)
 
 
 def to_diffusers(config: UNetConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -35,8 +42,13 @@ def to_diffusers(config: UNetConfig, tensors: dict[str, Tensor]) -> dict[str, Te
 
 
 def from_diffusers(config: UNetConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """UNet2DModel's tensors under our names. Raises ValueError on a name that such a network does not have."""
-    return _renamed(tensors, {theirs: ours for ours, theirs in _modules(config)}, "UNet2DModel")
+    """UNet2DModel's tensors under our names, also those of early versions.
+
+    Raises ValueError on a name that such a network does not have.
+    """
+    modules = {theirs: ours for ours, theirs in _modules(config)}
+    former = {_former(theirs): ours for theirs, ours in modules.items()}
+    return _renamed(tensors, {**former, **modules}, "UNet2DModel")
 
 
 def diffusers_config(config: UNetConfig) -> dict[str, Any]:
@@ -117,6 +129,45 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
+def diffusers_scheduler(model: ModelConfig) -> dict[str, Any]:
+    """The arguments of the schedulers that sample as `model` does. Raises ValueError where there are none, and why."""
+    if model.prediction not in _PREDICTIONS:
+        raise ValueError(f"prediction: {model.prediction}; diffusers' schedulers know {', '.join(_PREDICTIONS)} alone")
+    if model.timesteps is None:
+        raise ValueError("timesteps: none; diffusers' schedulers tell a network its timestep, not ln(sigma)/4")
+    return {
+        "num_train_timesteps": model.timesteps.count,
+        "beta_start": model.timesteps.first,
+        "beta_end": model.timesteps.last,
+        "beta_schedule": _BETAS[model.timesteps.betas],
+        "prediction_type": _PREDICTIONS[model.prediction],
+        "clip_sample": False,
+    }
+
+
+def schedule_from_diffusers(values: dict[str, Any]) -> tuple[Prediction, Timesteps]:
+    """What the network predicts and its timesteps, by the config of a scheduler; how it would sample is left out.
+
+    Raises ValueError on a setting that has no counterpart, and names it.
+    """
+    betas = _counterpart("beta_schedule", values.get("beta_schedule"), _BETAS)
+    prediction = _counterpart("prediction_type", values.get("prediction_type", "epsilon"), _PREDICTIONS)
+    for key in ("trained_betas", "rescale_betas_zero_snr"):
+        if values.get(key):
+            raise ValueError(f"{key}: {values[key]!r} has no counterpart; need a schedule by its name, down to sigma")
+    own = Timesteps()
+    keys = {"count": "num_train_timesteps", "first": "beta_start", "last": "beta_end"}
+    return prediction, Timesteps(betas, **{name: values.get(key, getattr(own, name)) for name, key in keys.items()})
+
+
+def _counterpart(key: str, value: Any, names: dict[NameT, str]) -> NameT:
+    """Our name for one of theirs."""
+    for ours, theirs in names.items():
+        if value == theirs:
+            return ours
+    raise ValueError(f"{key}: {value!r} has no counterpart; can read {', '.join(names.values())}")
+
+
 def _middle_norm(given: dict[str, Any]) -> bool:
     """Whether UNet2DModel norms before the bottleneck's attention: told to, or by default where it only shifts."""
     groups = given.pop("attn_norm_num_groups")
@@ -182,6 +233,14 @@ def _block(ours: str, level: str, layer: int) -> Iterator[tuple[str, str]]:
         yield f"{ours}.{inner}", f"{level}.resnets.{layer}.{outer}"
     for inner, outer in _ATTENTION.items():
         yield f"{ours}.attention.{inner}", f"{level}.attentions.{layer}.{outer}"
+
+
+def _former(theirs: str) -> str:
+    """The name that a module had in early versions of diffusers."""
+    for name, before in _FORMER.items():
+        if theirs.endswith(f".{name}"):
+            return f"{theirs.removesuffix(name)}{before}"
+    return theirs
 
 
 def _renamed(tensors: dict[str, Tensor], modules: dict[str, str], kind: str) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pipelines import __version__, storage
 from pipelines.config import GenerateConfig, Outcome, PipelineError, SampleOptions, identity, narrow, what
 from pipelines.images import Pixels, to_png
-from pipelines.model import model_digest
+from pipelines.model import load_config, model_digest
 from pipelines.progress import Progress
 from pipelines.requests import ImageRequest
 from pipelines.worker import Worker, load_worker, picture_seed
@@ -102,9 +102,9 @@ def _uri(config: GenerateConfig) -> str:
 
 def _classes(config: GenerateConfig) -> list[str]:
     """The classes asked for; one empty name for a model without classes. Raises PipelineError on an unknown one."""
-    known = storage.read_json(storage.join(storage.normalise(config.model), "config.json"))["class_names"]
+    known = load_config(config.model).class_names
     if config.classes == "all":
-        return known or [""]
+        return list(known) or [""]
     wanted = [name.strip() for name in config.classes.split(",")]
     unknown = [name for name in wanted if name not in known]
     if unknown:

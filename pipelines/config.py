@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     BaseModel,
     ByteSize,
     ConfigDict,
@@ -24,6 +25,7 @@ from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, Settings
 
 from diffusion_core.config import (
     PRESETS,
+    BetaName,
     Decay,
     GridName,
     Precision,
@@ -175,6 +177,9 @@ class TrainOptions(Settings):
     weighting: Weighting = Field("unit", description="weight of the loss by noise level")
     sigma: Literal["log_normal", "uniform_t"] = Field("log_normal", description="noise levels drawn in training")
     schedule: ScheduleName = Field("edm", description="what uniform in t means, in training and in sampling grids")
+    timesteps: BetaName | None = Field(
+        None, description="betas of 1000 timesteps that the network is told in place of ln(sigma)/4, as diffusers does"
+    )
     stratified: bool = Field(True, description="spread the noise levels evenly over a batch")
     precision: Precision = Field("float32", description="arithmetic inside the network; weights stay float32")
     steps: int = Field(900, ge=1, description="optimisation steps")
@@ -238,7 +243,10 @@ class TrainPlace(TrainOptions, Place):
     """What every way to train has."""
 
     parent: Annotated[Uri | None, How()] = Field(
-        None, description="URI of a published model whose weights to begin with"
+        None,
+        validation_alias=AliasChoices("parent", "from"),
+        description="URI of a published model whose weights to begin with; its network, prediction, schedule and "
+        "timesteps are taken as well, and a flag that contradicts them is an error",
     )
 
 
@@ -276,6 +284,8 @@ class TrainCommand(TrainPlace):
             raise ValueError("need --dataset or --source, and not both")
         if self.dataset and self.resolution:
             raise ValueError("--resolution is for --source; a dataset has its own")
+        if self.budget and self.parent:
+            raise ValueError("--budget chooses a network, but with --parent it is the parent's; give --steps instead")
         return self
 
     @property
@@ -433,6 +443,31 @@ class ServeConfig(EngineOptions, Place):
     replicas: Annotated[int, How()] = Field(1, ge=1, description="copies of the model")
 
 
+class ExportConfig(Settings):
+    """Write a published model as a folder that diffusers loads."""
+
+    model: Annotated[Uri, How()] = Field(description="URI of the published model (its folder)")
+    to: Annotated[Uri, How()] = Field(description="folder or s3://bucket/prefix to write, new or empty")
+
+
+class ImportConfig(Place):
+    """Publish the UNet2DModel of a diffusers folder as a model of the store."""
+
+    source: Annotated[Uri, How()] = Field(
+        validation_alias=AliasChoices("from", "source"),
+        description="folder or s3://bucket/prefix of a UNet2DModel, alone or in a pipeline with its scheduler",
+    )
+    class_names: list[str] = Field(
+        [], description="a name for each row of its class embedding; one fewer where the last row means no class"
+    )
+    resolution: int | None = Field(None, ge=8, le=1024, description="height and width, where its config has none")
+    prediction: Literal["eps", "x0", "v"] | None = Field(None, description="what it predicts, without a scheduler")
+    betas: BetaName | None = Field(None, description="its noise schedule, without a scheduler")
+    timesteps: int | None = Field(None, ge=2, description="number of its timesteps, without a scheduler (1000)")
+    beta_first: float | None = Field(None, gt=0, lt=1, description="first beta, without a scheduler (0.0001)")
+    beta_last: float | None = Field(None, gt=0, lt=1, description="last beta, without a scheduler (0.02)")
+
+
 class PipelineOptions(Settings):
     """What every flow of the whole pipeline has."""
 
@@ -476,9 +511,19 @@ def identity(stage: str, version: int, made: dict[str, Any], inputs: Any) -> str
 
 
 def narrow(settings: Settings, kind: type[SettingsT], **more: Any) -> SettingsT:
-    """The settings of `kind` taken from those of the same names in a wider model."""
-    shared = {name: getattr(settings, name) for name in kind.model_fields if name in type(settings).model_fields}
-    return kind.model_validate({**shared, **more})
+    """The settings of `kind` taken from those of the same names in a wider model; defaults stay unset."""
+    told = _said(settings, kind)
+    return kind.model_validate({**{name: getattr(settings, name) for name in told}, **more})
+
+
+def _said(settings: Settings, kind: type[Settings]) -> list[str]:
+    """Fields of `kind` that `settings` has by somebody's word, or by a default other than that of `kind`."""
+    shared = [name for name in kind.model_fields if name in type(settings).model_fields]
+    return [
+        name
+        for name in shared
+        if name in settings.model_fields_set or getattr(settings, name) != kind.model_fields[name].default
+    ]
 
 
 def ray_address() -> str | None:
@@ -530,9 +575,10 @@ def parse(kind: type[SettingsT], program: str, arguments: Sequence[str]) -> Sett
 
 
 def to_flags(config: Settings) -> list[str]:
-    """The command-line flags that `parse` turns back into `config`."""
+    """The command-line flags that `parse` turns back into `config`, with nothing set that was not."""
     flags: list[str] = []
-    for name, value in config.model_dump(mode="json", exclude_none=True).items():
+    told = set(_said(config, type(config)))
+    for name, value in config.model_dump(mode="json", exclude_none=True, include=told).items():
         for item in value if isinstance(value, list) else [value]:
             switch = f"--{name.replace('_', '-')}"
             flags += [switch if item else f"--no-{switch[2:]}"] if isinstance(item, bool) else [switch, str(item)]

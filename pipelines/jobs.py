@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-from diffusion_core.config import PRESETS
+from diffusion_core.config import PRESETS, ModelConfig
 from pipelines import config as settings
 from pipelines.config import Outcome, PipelineError, Settings
 
@@ -42,6 +42,8 @@ STAGES: dict[str, Stage] = {
     "ingest": Stage(settings.IngestConfig, "pipelines.ingest"),
     "plan": Stage(settings.PlanConfig, "pipelines.plan", needs_ray=False, makes_result=False),
     "train": Stage(settings.TrainConfig, "pipelines.train", command=settings.TrainCommand),
+    "import": Stage(settings.ImportConfig, "pipelines.exchange", needs_ray=False),
+    "export": Stage(settings.ExportConfig, "pipelines.exchange", needs_ray=False),
     "generate": Stage(settings.GenerateConfig, "pipelines.bulk"),
     "evaluate": Stage(settings.EvaluateConfig, "pipelines.evaluate"),
     "serve": Stage(settings.ServeConfig, "pipelines.serve"),
@@ -95,12 +97,20 @@ def settle(command: settings.TrainCommand) -> settings.TrainConfig:
         connect()
         budget = importlib.import_module("pipelines.train.budget")
         chosen = budget.choose(command)
-    resolution = chosen.pop("resolution", command.resolution or PRESETS[command.preset].resolution)
+    resolution = chosen.pop("resolution", None) or command.resolution or _own_resolution(command)
     dataset = command.dataset
     if dataset is None:
         place = {"store": command.store, "name": command.name, "source": command.source, "resolution": resolution}
         dataset = run_stage("ingest", settings.IngestConfig(**place)).uri
     return settings.narrow(command, settings.TrainConfig, **chosen, dataset=dataset)
+
+
+def _own_resolution(command: settings.TrainCommand) -> int:
+    """The resolution that the network was sized for: the parent's, or the preset's."""
+    if command.parent is None:
+        return PRESETS[command.preset].resolution
+    parent: ModelConfig = importlib.import_module("pipelines.model").load_config(command.parent)
+    return parent.unet.resolution
 
 
 def _mendable(error: BaseException | None) -> PipelineError | None:

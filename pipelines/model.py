@@ -1,6 +1,7 @@
 """Published models: a folder of safetensors, config.json, a card and a manifest. Whoever has the folder can load it."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,14 +34,15 @@ class Model:
 class Publication:
     """What a model folder is made of: averages of the weights by width, the first of which samples; lineage; curves.
 
-    `lineage` says where they come from (name, settings, dataset); `samples` is a grid of pictures as a PNG.
+    `lineage` says of what kind they are ("train", "import") and where they come from; `samples` is a grid of pictures
+    as a PNG, if some were drawn.
     """
 
     config: ModelConfig
     averages: dict[float, dict[str, Tensor]]
     lineage: dict[str, Any]
     curves: dict[str, list[list[float]]]
-    samples: bytes
+    samples: bytes | None
 
 
 def publish_model(folder: str, publication: Publication) -> None:
@@ -52,7 +54,7 @@ def publish_model(folder: str, publication: Publication) -> None:
         *(_part(folder, f"ema-{width:g}.safetensors", _saved(publication.averages[width])) for width in others),
         _part(folder, "config.json", storage.to_json(publication.config.to_dict())),
         _part(folder, "curve.json", storage.to_json(curves)),
-        _part(folder, "samples.png", publication.samples),
+        *([_part(folder, "samples.png", publication.samples)] if publication.samples else []),
         _part(folder, "README.md", _card(publication).encode()),
     ]
     manifest = {"kind": "model", "schema": 1, "code": __version__, "parts": parts, "lineage": lineage}
@@ -64,14 +66,33 @@ def load_model(uri: str) -> Model:
     """The model folder at `uri`, on the CPU, ready to sample. Raises StorageError where it is missing or damaged."""
     uri = storage.normalise(uri)
     manifest = storage.read_manifest(uri, "model")
-    parts = {part["name"]: part for part in manifest["parts"]}
+    config = _config(uri, manifest)
+    network = UNet(config.unet)
     try:
-        config = ModelConfig.from_dict(json.loads(storage.read_part(uri, parts["config.json"])))
-        network = UNet(config.unet)
-        network.load_state_dict(safetensors.torch.load(storage.read_part(uri, parts["model.safetensors"])))
-    except (KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        network.load_state_dict(safetensors.torch.load(read_file(uri, manifest, "model.safetensors")))
+    except (ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise PipelineError(f"{uri}: not a model of this version ({error}); publish it again") from error
     return Model(uri, model_digest(manifest), Denoiser(network.eval(), config))
+
+
+def load_config(uri: str) -> ModelConfig:
+    """The configuration of the model folder at `uri`. Raises StorageError where it is missing or damaged."""
+    return _config(storage.normalise(uri), storage.read_manifest(storage.normalise(uri), "model"))
+
+
+def read_file(uri: str, manifest: dict[str, Any], name: str) -> bytes:
+    """A file of a model folder, as its manifest promised it. Raises StorageError where it is missing or damaged."""
+    found = [part for part in manifest["parts"] if part["name"] == name]
+    if not found:
+        raise PipelineError(f"{uri}: {storage.MANIFEST} lists no {name}; publish it again")
+    return storage.read_part(uri, found[0])
+
+
+def _config(uri: str, manifest: dict[str, Any]) -> ModelConfig:
+    try:
+        return ModelConfig.from_dict(json.loads(read_file(uri, manifest, "config.json")))
+    except (KeyError, TypeError, ValueError) as error:
+        raise PipelineError(f"{uri}: not a model of this version ({error}); publish it again") from error
 
 
 def model_digest(manifest: dict[str, Any]) -> str:
@@ -107,20 +128,39 @@ def _saved(weights: dict[str, Tensor]) -> bytes:
 def _card(publication: Publication) -> str:
     """The model card in Markdown."""
     config, lineage = publication.config, publication.lineage
-    curve, validation = publication.curves["curve"], publication.curves["validation"]
-    classes = ", ".join(config.class_names) or "none (unconditional)"
     rows = "\n".join(f"| {key} | {value} |" for key, value in sorted(lineage["settings"].items()))
-    told = [f"{curve[-1][1]:.4f} in training after {int(curve[-1][0])} steps"] if curve else []
-    told += [f"{validation[-1][1]:.4f} on held-out pictures"] if validation else []
-    widths = ", ".join(f"{width:g}" for width in publication.averages)
+    told = [
+        f"Classes: {', '.join(config.class_names) or 'none (unconditional)'}",
+        *_ORIGINS[lineage["kind"]](publication),
+    ]
+    points = "\n".join(f"- {line}" for line in told)
+    shown = "![samples](samples.png)\n\n" if publication.samples else ""
     size = config.unet.resolution
     return (
         f"# {lineage['name']}\n\nA diffusion U-Net for {size}x{size} pictures, "
-        f"prediction {config.prediction}, sigma_data {config.sigma_data:.4f}.\n\n![samples](samples.png)\n\n"
-        f"- Classes: {classes}\n- Dataset: {lineage['dataset']} (digest {lineage['dataset_digest']})\n"
-        f"- Loss: {', '.join(told) or 'not recorded'}\n"
-        f"- Averages of the weights, by relative width: {widths}; the first is model.safetensors\n\n"
+        f"prediction {config.prediction}, sigma_data {config.sigma_data:.4f}.\n\n{shown}{points}\n\n"
         f"| setting | value |\n|---|---|\n{rows}\n\n"
         "`config.json` and a `.safetensors` file are all that `diffusion_core` needs to load it; `curve.json`\n"
         "holds the losses, `manifest.json` the checksums.\n"
     )
+
+
+def _trained(publication: Publication) -> list[str]:
+    """What a card says of a model that was trained here."""
+    lineage = publication.lineage
+    curve, validation = publication.curves["curve"], publication.curves["validation"]
+    told = [f"{curve[-1][1]:.4f} in training after {int(curve[-1][0])} steps"] if curve else []
+    told += [f"{validation[-1][1]:.4f} on held-out pictures"] if validation else []
+    widths = ", ".join(f"{width:g}" for width in publication.averages)
+    return [
+        f"Dataset: {lineage['dataset']} (digest {lineage['dataset_digest']})",
+        *([f"Parent: the model of digest {lineage['parent']}"] if lineage["parent"] else []),
+        f"Loss: {', '.join(told) or 'not recorded'}",
+        f"Averages of the weights, by relative width: {widths}; the first is model.safetensors",
+    ]
+
+
+_ORIGINS: dict[str, Callable[[Publication], list[str]]] = {
+    "train": _trained,
+    "import": lambda made: [f"Imported from: {made.lineage['source']} (digest {made.lineage['digest']})"],
+}

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from pipelines import storage
 from pipelines.dataset import Rows
 from pipelines.images import Pixels
+from pipelines.model import read_file
 from pipelines.progress import duration
 
 _GAP = 2
@@ -61,8 +63,8 @@ def collect(uris: dict[str, str], seconds: dict[str, float], settings: dict[str,
         "name": dataset["name"], "uris": uris, "seconds": seconds, "settings": settings,
         "dataset": {key: dataset[key] for key in ("counts", "reasons", "classes", "resolution", "mean", "sigma_data")},
         "rows": {split: sum(shard["rows"] for shard in shards) for split, shards in dataset["shards"].items()},
-        "training": {"settings": model["lineage"]["settings"], "curves": storage.read_json(
-            storage.join(uris["train"], "curve.json"))},
+        "training": {"settings": model["lineage"]["settings"], "curves": json.loads(
+            read_file(uris["train"], model, "curve.json"))},
         "figures": evaluation["figures"], "bulk": {"rows": images["rows"], "shards": len(images["parts"])},
     }  # fmt: skip
 

@@ -25,7 +25,7 @@ def micro_batch_of(config: TrainConfig, dataset: Dataset, ranks: Ranks, group: d
             model, settings, config.strategy, ranks, share, budget, config.activation_checkpointing
         )
     except ValueError as error:
-        raise PipelineError(f"{config.preset} at {dataset.resolution} pixels: {error}") from error
+        raise PipelineError(f"{_network(config)} at {dataset.resolution} pixels: {error}") from error
     if group is not None:
         # Devices may differ; ranks must take equally many turns.
         least = torch.tensor(fits)
@@ -48,9 +48,15 @@ def advice(config: TrainConfig, ranks: Ranks) -> str:
         *([] if config.precision == "bfloat16" else ["--precision bfloat16"]),
         *(["--strategy fsdp"] if config.strategy == "ddp" and ranks.world > 1 else []),
         *(["fewer --ema widths"] if len(config.ema) > 1 else []),
-        "a smaller --preset",
+        *([] if config.parent else ["a smaller --preset"]),
     ]  # fmt: skip
+    shown = "" if config.parent else f"; python -m pipelines plan --preset {config.preset} shows what fits"
     return (
-        f"train: out of memory on {ranks.device} (rank {ranks.rank} of {ranks.world}, preset {config.preset}); use "
-        f"{', '.join(levers)}; python -m pipelines plan --preset {config.preset} shows what fits"
+        f"train: out of memory on {ranks.device} (rank {ranks.rank} of {ranks.world}, {_network(config)}); use "
+        f"{', '.join(levers)}{shown}"
     )
+
+
+def _network(config: TrainConfig) -> str:
+    """What people know the network by."""
+    return f"parent {config.parent}" if config.parent else f"preset {config.preset}"

@@ -6,15 +6,16 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffusion_core.config import PRESETS, ModelConfig
+from diffusion_core.config import PRESETS, ModelConfig, Timesteps
 from diffusion_core.ema import Profile
-from diffusion_core.schedules import SigmaDistribution
+from diffusion_core.schedules import SigmaDistribution, timestep_sigmas
 from diffusion_core.strategies import Ranks
 from diffusion_core.training import Optimisation
 from pipelines import __version__, storage
 from pipelines.config import PipelineError, TrainConfig, TrainOptions, identity, what
 from pipelines.dataset import Dataset, SampleStream
 from pipelines.model import model_digest
+from pipelines.train.parent import DECIDES, check_parent, child_config
 
 VERSION = 3
 
@@ -61,15 +62,23 @@ class Record:
 
 def model_config(config: TrainConfig, dataset: Dataset) -> ModelConfig:
     """The model that these settings make of this dataset. Raises PipelineError where no such network exists."""
+    if config.parent:
+        return child_config(config.parent, dataset)
     try:
         unet = dataclasses.replace(
-            PRESETS[config.preset], resolution=dataset.resolution, classes=len(dataset.class_names)
-        )
+            PRESETS[config.preset], resolution=dataset.resolution, classes=len(dataset.class_names),
+            embedding="timestep" if config.timesteps else "log_sigma",
+        )  # fmt: skip
     except ValueError as error:
         raise PipelineError(f"preset {config.preset} on {dataset.uri}: {error}") from error
-    return ModelConfig(
+    made = ModelConfig(
         unet, config.prediction, dataset.sigma_data, class_names=dataset.class_names, schedule=config.schedule
     )
+    if config.timesteps is None:
+        return made
+    timesteps = Timesteps(config.timesteps)
+    low, high = timestep_sigmas(timesteps)[[0, -1]].tolist()
+    return dataclasses.replace(made, timesteps=timesteps, sigma_min=low, sigma_max=high)
 
 
 def check(config: TrainConfig, dataset: Dataset) -> None:
@@ -80,9 +89,8 @@ def check(config: TrainConfig, dataset: Dataset) -> None:
             raise PipelineError(
                 f"{dataset.uri}: {name} {found[name]}, but --expect-{name} {wanted}; choose another dataset"
             )
-    model = model_config(config, dataset)
-    if config.parent:
-        _check_parent(config.parent, model, dataset)
+    check_parent(config)
+    model_config(config, dataset)
     if config.workers > config.streams:
         raise PipelineError(
             f"workers: {config.workers} for {config.streams} streams; raise --streams or lower --workers"
@@ -94,25 +102,22 @@ def check(config: TrainConfig, dataset: Dataset) -> None:
     stream_of(config, dataset, Ranks())
 
 
-def _check_parent(parent: str, model: ModelConfig, dataset: Dataset) -> None:
-    theirs = ModelConfig.from_dict(storage.read_json(storage.join(parent, "config.json")))
-    for name in ("unet", "class_names", "prediction"):
-        ours, other = getattr(model, name), getattr(theirs, name)
-        if ours != other:
-            raise PipelineError(
-                f"parent {parent}: its {name} is {other}, but these settings on {dataset.uri} make {ours}; "
-                "take the parent's preset and prediction, and a dataset of its resolution and classes"
-            )
+def optimisation(
+    config: TrainOptions, world: int = 1, micro_batches: int = 1, model: ModelConfig | None = None
+) -> Optimisation:
+    """The core's view of the settings, for one of `world` ranks that cuts its share into `micro_batches`.
 
-
-def optimisation(config: TrainOptions, world: int = 1, micro_batches: int = 1) -> Optimisation:
-    """The core's view of the settings, for one of `world` ranks that cuts its share into `micro_batches`."""
+    The noise levels that are drawn uniformly are those between which `model` samples.
+    """
+    sigma = SigmaDistribution(config.sigma, schedule=config.schedule)
+    if model:
+        sigma = dataclasses.replace(sigma, schedule=model.schedule, low=model.sigma_min, high=model.sigma_max)
     return Optimisation(
         steps=config.steps, learning_rate=config.learning_rate, warmup=config.warmup, clip=config.clip,
         weight_decay=config.weight_decay, label_dropout=config.label_dropout,
         ema=tuple(Profile("power", width) for width in config.ema), seed=config.seed,
         global_batch_size=config.global_batch_size, weighting=config.weighting,
-        sigma=SigmaDistribution(config.sigma, schedule=config.schedule), stratified=config.stratified,
+        sigma=sigma, stratified=config.stratified,
         micro_batches=micro_batches, precision=config.precision, decay=config.decay, world=world,
     )  # fmt: skip
 
@@ -139,8 +144,14 @@ def stream_of(config: TrainConfig, dataset: Dataset, ranks: Ranks) -> SampleStre
 def run_uri(config: TrainConfig, dataset: Dataset) -> str:
     """Where the run's checkpoints and models lie."""
     inputs = [dataset.digest, parent_digest(config)] if config.parent else dataset.digest
-    digest = identity("train", VERSION, what(config), inputs)
+    digest = identity("train", VERSION, made_by(config), inputs)
     return storage.join(storage.normalise(config.store), "models", config.name, digest)
+
+
+def made_by(config: TrainConfig) -> dict[str, Any]:
+    """The settings that say what is made, without those that a parent decides."""
+    told = what(config)
+    return {name: value for name, value in told.items() if not (config.parent and name in DECIDES)}
 
 
 def parent_digest(config: TrainConfig) -> str | None:
@@ -151,7 +162,7 @@ def parent_digest(config: TrainConfig) -> str | None:
 def describe(config: TrainConfig, dataset: Dataset, run: str) -> None:
     """Say in the run's folder what it is to make, and of what."""
     text = {
-        "kind": "run", "schema": 1, "code": __version__, "algorithm": VERSION, "settings": what(config),
+        "kind": "run", "schema": 1, "code": __version__, "algorithm": VERSION, "settings": made_by(config),
         "dataset": dataset.uri, "dataset_digest": dataset.digest, "parent": parent_digest(config),
     }  # fmt: skip
     storage.create_bytes(storage.join(run, "run.json"), storage.to_json(text))

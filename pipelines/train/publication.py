@@ -10,11 +10,10 @@ from diffusion_core.samplers import make_plan, model_grid, sample, start_noise
 from diffusion_core.unet import UNet
 from pipelines import storage
 from pipelines.checkpoint import whole
-from pipelines.config import what
 from pipelines.images import Pixels, to_bytes, to_png
 from pipelines.model import Publication, publish_model
 from pipelines.report import grid
-from pipelines.train.plan import parent_digest, published
+from pipelines.train.plan import made_by, parent_digest, published
 from pipelines.train.session import Session
 
 _COLUMNS = 8
@@ -32,8 +31,8 @@ def publish(session: Session) -> str:
     averages = {width: whole(average) for width, average in zip(config.ema, state.ema, strict=True)}
     if session.leads and not storage.is_published(folder):
         lineage = {
-            "name": config.name, "settings": what(config), "dataset": dataset.uri, "dataset_digest": dataset.digest,
-            "step": state.step, "parent": parent_digest(config),
+            "kind": "train", "name": config.name, "settings": made_by(config), "dataset": dataset.uri,
+            "dataset_digest": dataset.digest, "step": state.step, "parent": parent_digest(config),
         }  # fmt: skip
         curves = {"curve": record.curve, "validation": record.validation}
         pictures = to_png(draw(session, averages[config.ema[0]]))

@@ -21,6 +21,7 @@ from pipelines.progress import print_line
 from pipelines.train.curves import Events, Watch
 from pipelines.train.devices import threads_of
 from pipelines.train.memory import micro_batch_of
+from pipelines.train.parent import inherited
 from pipelines.train.plan import Record, describe, micro_batches, model_config, optimisation, run_uri
 
 
@@ -98,7 +99,7 @@ def open_session(config: TrainConfig, ranks: Ranks, host: Host) -> Session:
     dataset = open_dataset(config.dataset)
     uri, group = run_uri(config, dataset), control_group(ranks)
     parts = micro_batches(config, ranks.world, micro_batch_of(config, dataset, ranks, group))
-    settings = optimisation(config, ranks.world, parts)
+    settings = optimisation(config, ranks.world, parts, model_config(config, dataset))
     state = first_state(config, dataset, settings, ranks)
     writer = Writer(uri, ranks, Retention(config.keep_last, config.keep_every))
     session = Session(config, dataset, ranks, host, uri, settings, group, writer, state)
@@ -115,7 +116,8 @@ def first_state(config: TrainConfig, dataset: Dataset, settings: Optimisation, r
     torch.manual_seed(config.seed)
     network = UNet(model.unet, config.activation_checkpointing)
     if config.parent:
-        network.load_state_dict(load_model(config.parent).denoiser.network.state_dict())
+        parent = load_model(config.parent)
+        network.load_state_dict(inherited(parent.denoiser.network.state_dict(), parent.config, model))
     try:
         wrapped = distribute(network, config.strategy, ranks, config.precision, config.compiled)
     except ValueError as error:

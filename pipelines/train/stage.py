@@ -19,6 +19,7 @@ from pipelines.progress import printed_board
 from pipelines.train.board import TrainBoard, deaths_counted, errors_left, wishes_heard
 from pipelines.train.devices import processes
 from pipelines.train.loop import train_on_rank
+from pipelines.train.parent import check_parent
 from pipelines.train.plan import check, result, run_uri
 from pipelines.train.session import Host
 
@@ -26,7 +27,8 @@ _POLL_S = 0.5
 
 
 def find(config: TrainConfig) -> Outcome | None:
-    """The model of these settings and this dataset, if it is published."""
+    """The model of these settings and this dataset, if it is published. Raises PipelineError as `check_parent` does."""
+    check_parent(config)
     uri = result(run_uri(config, open_dataset(config.dataset)))
     return Outcome(uri=uri, found=True) if uri and storage.is_published(uri) else None
 
