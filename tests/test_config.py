@@ -57,6 +57,21 @@ def test_flags_of_settings_give_the_same_settings():
         assert parse(type(settings), *config.to_flags(settings)) == settings
 
 
+def test_what_nobody_set_stays_unset_on_its_way_to_a_stage_and_to_a_cluster(tmp_path):
+    command = parse(config.TrainCommand, "--from", "/m", "--dataset", "/d", "--prediction", "edm")
+    settings = config.narrow(command, TrainConfig)
+    assert settings.parent == "/m"
+    assert {"parent", "dataset", "prediction"} <= settings.model_fields_set
+    assert not {"preset", "schedule", "steps"} & settings.model_fields_set
+    there = parse(config.TrainCommand, *config.to_flags(settings))
+    assert (there.store, there.model_fields_set) == (settings.store, settings.model_fields_set)
+
+
+def test_a_time_to_train_in_does_not_go_with_a_parent():
+    with pytest.raises(PipelineError, match="--budget chooses a network, but with --parent it is the parent's"):
+        parse(config.TrainCommand, "--parent", "/m", "--dataset", "/d", "--budget", "1h")
+
+
 def test_identity_follows_what_is_made_and_not_how():
     base = TrainConfig(dataset="/d")
     digest = config.identity("train", 1, config.what(base), "input")

@@ -100,6 +100,7 @@ def test_flags_named_in_the_text_exist():
         for name, field in kind.model_fields.items():
             flag = name.replace("_", "-")
             known |= {f"--{flag}", f"--no-{flag}"} if field.annotation is bool else {f"--{flag}"}
+            known |= {f"--{other}" for other in getattr(field.validation_alias, "choices", [])}
             for inner in getattr(field.annotation, "model_fields", {}):
                 known.add(f"--{name}.{inner}".replace("_", "-"))
     for page in PAGES:

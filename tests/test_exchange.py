@@ -8,17 +8,16 @@ import safetensors.torch
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
-from torch import nn
+from support.models import discrete, export, flip_a_bit, published, shaken
 
-from diffusion_core.config import PRESETS, ModelConfig, SamplerConfig, Timesteps, UNetConfig
+from diffusion_core.config import PRESETS, SamplerConfig, Timesteps
 from diffusion_core.samplers import make_plan, model_grid, new_state, sample, step
-from diffusion_core.schedules import timestep_sigmas
 from diffusion_core.unet import UNet
 from pipelines import __main__ as stages
 from pipelines import exchange, serve, storage
 from pipelines.bulk import ShardPainter
 from pipelines.config import ExportConfig, GenerateConfig, ImportConfig, PipelineError, ServeConfig
-from pipelines.model import Publication, load_config, load_model, newest_model, publish_model
+from pipelines.model import load_config, load_model, newest_model
 from pipelines.worker import Worker, load_worker
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,31 +29,6 @@ TINY = {
 SCHEDULES = ["linear", "squaredcos_cap_v2", "scaled_linear"]
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 EXPORTED = {"unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"}
-
-
-def discrete(prediction, betas="linear", classes=()):
-    """A tiny model that is told its timesteps, as `train --timesteps` makes them."""
-    unet = UNetConfig(8, 3, (16, 32), 1, (1,), 32, 8, classes=len(classes), embedding="timestep")
-    levels, timesteps = timestep_sigmas(Timesteps(betas)), Timesteps(betas)
-    return ModelConfig(unet, prediction, 0.5, float(levels[0]), float(levels[-1]), classes, "linear", timesteps)
-
-
-def shaken(network, std=0.1):
-    """The network with random parameters: norms that are one and zero convolutions would hide a mix-up."""
-    torch.manual_seed(0)
-    for parameter in network.parameters():
-        nn.init.normal_(parameter, std=std)
-    return network.eval()
-
-
-def published(folder, config, weights):
-    lineage = {"kind": "train", "name": "tiny", "settings": {}, "dataset": "d", "dataset_digest": "0", "parent": None}
-    publish_model(str(folder), Publication(config, {0.1: weights}, lineage, {"curve": [], "validation": []}, None))
-    return str(folder)
-
-
-def export(model, to):
-    return exchange.run(ExportConfig(model=str(model), to=str(to))).uri
 
 
 def imported(source, store, **flags):
@@ -328,12 +302,6 @@ def test_a_pickle_is_refused_by_name_with_what_to_do(tmp_path):
     weights.with_suffix(".bin").unlink()
     with pytest.raises(PipelineError, match=r"model\.safetensors: not found; save the model in one file"):
         imported(folder, tmp_path / "store")
-
-
-def flip_a_bit(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 @pytest.mark.parametrize("name", sorted(EXPORTED | {"class_names.json"}))

@@ -322,8 +322,8 @@ def test_what_does_not_fit_is_refused_before_any_worker_starts(tmp_path, tiny_da
         ({"expect_resolution": 64}, "resolution 8, but --expect-resolution 64"),
         ({"expect_classes": 3}, "classes 8, but --expect-classes 3"),
         ({"preset": "adm-256"}, "preset adm-256 on .*: resolution: 8 cannot be halved 5 times"),
-        ({"preset": "cpu-small", "parent": tiny_model}, "parent .*: its unet is"),
-        ({"prediction": "v", "parent": tiny_model}, "its prediction is edm, but these settings"),
+        ({"preset": "cpu-small", "parent": tiny_model}, r"its widths is \(16, 32\), but --preset cpu-small was"),
+        ({"prediction": "v", "parent": tiny_model}, "parent .*: its prediction is edm, but --prediction v was given"),
     ):
         with pytest.raises(PipelineError, match=message):
             train.run(config(tmp_path, tiny_dataset, **settings))
