@@ -14,9 +14,10 @@ from diffusion_core.config import PRESETS, SamplerConfig, Timesteps
 from diffusion_core.samplers import make_plan, model_grid, new_state, sample, step
 from diffusion_core.unet import UNet
 from pipelines import __main__ as stages
-from pipelines import exchange, serve, storage
+from pipelines import bulk, evaluate, exchange, serve, storage
 from pipelines.bulk import ShardPainter
-from pipelines.config import ExportConfig, GenerateConfig, ImportConfig, PipelineError, ServeConfig
+from pipelines.config import EvaluateConfig, ExportConfig, GenerateConfig, ImportConfig, PipelineError, ServeConfig
+from pipelines.dataset import open_dataset
 from pipelines.model import load_config, load_model, newest_model
 from pipelines.worker import Worker, load_worker
 
@@ -330,6 +331,18 @@ def test_one_changed_byte_of_a_model_is_noticed_and_named_by_all_that_load_it(tm
     for load in loads:
         with pytest.raises(storage.DamagedError, match=f"{name}: checksum"):
             load(model)
+
+
+def test_an_imported_model_generates_in_bulk_and_is_evaluated(tmp_path, tiny_dataset):
+    names = list(open_dataset(tiny_dataset).class_names)
+    network = shaken(UNet2DModel(**TINY, num_class_embeds=len(names) + 1))
+    store = str(tmp_path / "store")
+    model = imported(saved(tmp_path / "in", network, prediction="v_prediction"), store, class_names=names)
+    place = {"store": store, "name": "theirs", "model": model, "steps": 2}
+    images = bulk.run(GenerateConfig(**place, count=4, workers=1))
+    assert storage.read_manifest(images.uri, "images")["rows"] == 4
+    judged = evaluate.run(EvaluateConfig(**place, dataset=tiny_dataset, samples=8, edits=2, classifier_steps=0))
+    assert storage.read_manifest(judged.uri, "evaluation")["figures"]["inpainting"]["known_bytes_changed"] == 0
 
 
 def test_an_imported_model_samples_and_repaints_like_ours(tmp_path):

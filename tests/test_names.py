@@ -2,11 +2,18 @@ import dataclasses
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import DDPMScheduler, UNet2DModel
 from torch import nn
 
-from diffusion_core.config import PRESETS
-from diffusion_core.names import config_from_diffusers, diffusers_config, from_diffusers, to_diffusers
+from diffusion_core.config import PRESETS, ModelConfig, Timesteps
+from diffusion_core.names import (
+    config_from_diffusers,
+    diffusers_config,
+    diffusers_scheduler,
+    from_diffusers,
+    schedule_from_diffusers,
+    to_diffusers,
+)
 from diffusion_core.unet import UNet
 
 PLAIN, ATTENDS = ("DownBlock2D", "UpBlock2D"), ("AttnDownBlock2D", "AttnUpBlock2D")
@@ -93,6 +100,16 @@ def test_what_diffusers_cannot_express_is_not_exported():
         diffusers_config(PRESETS["tiny"])
     with pytest.raises(ValueError, match="middle_norm: off"):
         diffusers_config(dataclasses.replace(config, middle_norm=False, scale_shift=False))
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize(
+    "timesteps", [Timesteps(), Timesteps("cosine", 400), Timesteps("scaled_linear", 1000, 0.00085, 0.012)]
+)
+def test_a_models_schedule_goes_through_a_scheduler_of_diffusers_and_back(prediction, timesteps):
+    model = ModelConfig(dataclasses.replace(PRESETS["tiny"], embedding="timestep"), prediction, timesteps=timesteps)
+    scheduler = DDPMScheduler(**diffusers_scheduler(model))
+    assert schedule_from_diffusers(dict(scheduler.config)) == (prediction, timesteps)
 
 
 def test_a_tensor_that_does_not_belong_is_refused_by_its_name():
