@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import safetensors
@@ -36,7 +37,7 @@ def find(config: ExportConfig | ImportConfig) -> Outcome | None:
     """The exported folder or the imported model, if it is there whole. Raises PipelineError as `run` does."""
     if isinstance(config, ExportConfig):
         return _find_export(config)
-    uri = _Source(config).target(config)
+    uri = _target(_open(config.source), config)
     return Outcome(uri=uri, found=True) if storage.is_published(uri) else None
 
 
@@ -114,22 +115,17 @@ def _card(model: Model) -> str:
 
 
 def _import(config: ImportConfig) -> Outcome:
-    source = _Source(config)
-    uri = source.target(config)
-    model, adds_null = source.model(config)
-    weights = source.weights(model.unet, adds_null)
+    folder = _open(config.source)
+    model, adds_null = _model_config(folder, config)
+    weights = _weights(folder, model.unet, adds_null)
     lineage = {
-        "kind": "import", "name": config.name, "settings": what(config), "source": config.source,
-        "digest": source.digest, "step": 0, "parent": None,
+        "kind": "import", "name": config.name, "settings": what(config), "source": folder.uri,
+        "digest": folder.digest, "step": 0, "parent": None,
     }  # fmt: skip
+    uri = _target(folder, config)
     publish_model(uri, Publication(model, {0.0: weights}, lineage, {"curve": [], "validation": []}, None))
-    timesteps, size = model.timesteps, model.unet.resolution
-    assert timesteps is not None
-    print(
-        f"import: {model.prediction} of {timesteps.count} {timesteps.betas} timesteps, {size}x{size} pixels, classes: "
-        f"{', '.join(model.class_names) or 'none'}",
-        flush=True,
-    )
+    names, size = ", ".join(model.class_names) or "none", model.unet.resolution
+    print(f"import: predicts {model.prediction}, {size}x{size} pixels, classes: {names}", flush=True)
     if adds_null:
         print(
             "import: every row of its class embedding is a class; their mean stands in for no class, so guidance is a "
@@ -139,150 +135,169 @@ def _import(config: ImportConfig) -> Outcome:
     return Outcome(uri=uri, found=False)
 
 
-class _Source:
-    """A diffusers folder: its files read once, and checked where a manifest lies beside them."""
+@dataclass(frozen=True)
+class _Folder:
+    """A diffusers folder: what its files say, its weights as bytes, and a digest over all that was read."""
 
-    def __init__(self, config: ImportConfig) -> None:
-        self.uri = config.source
-        self.parts: dict[str, Any] = {}
-        if storage.is_published(self.uri):
-            manifest = storage.read_manifest(self.uri, "diffusers")
-            self.parts = {part["name"]: part for part in manifest["parts"]}
-        self.files: dict[str, bytes] = {}
-        folder = "unet/" if storage.exists(storage.join(self.uri, f"unet/{_CONFIG}")) else ""
-        self.unet = self._json(f"{folder}{_CONFIG}")
-        self.weights_name = f"{folder}{_WEIGHTS}"
-        self._check_kind(folder)
-        self._read(self.weights_name)
-        places = ("scheduler/scheduler_config.json", "scheduler_config.json")
-        found = [name for name in places if storage.exists(storage.join(self.uri, name))]
-        self.scheduler = self._json(found[0]) if found else None
-        named = storage.exists(storage.join(self.uri, _CLASSES))
-        self.class_names: list[str] = self._json(_CLASSES) if named else []
+    uri: str
+    unet: dict[str, Any]
+    scheduler: dict[str, Any] | None
+    class_names: list[str]
+    weights_uri: str
+    weights: bytes
+    digest: str
 
-    @property
-    def digest(self) -> str:
-        """What identifies it: a digest over the files that were read."""
-        sums = [f"{name} {storage.digest(data)}" for name, data in sorted(self.files.items())]
-        return storage.digest("\n".join(sums).encode())
 
-    def target(self, config: ImportConfig) -> str:
-        """Where its model lies in the store."""
-        run = identity("import", VERSION, what(config), self.digest)
-        return storage.join(storage.normalise(config.store), "models", config.name, run, "published", "step-0000000")
+def _open(uri: str) -> _Folder:
+    """The folder at `uri`, its files checked where a manifest of ours lies beside them. Raises PipelineError."""
+    manifest = storage.read_manifest(uri, "diffusers") if storage.is_published(uri) else {"parts": []}
+    parts = {part["name"]: part for part in manifest["parts"]}
+    below = "unet/" if storage.exists(storage.join(uri, f"unet/{_CONFIG}")) else ""
+    optional = ("scheduler/scheduler_config.json", "scheduler_config.json", _CLASSES)
+    names = [f"{below}{_CONFIG}", *(name for name in optional if storage.exists(storage.join(uri, name)))]
+    files = {name: _read(uri, parts, name) for name in names}
+    said = {name: _parsed(storage.join(uri, name), data) for name, data in files.items()}
+    _check_kind(storage.join(uri, names[0]), said[names[0]])
+    weights_uri = _weights_uri(uri, below)
+    files[below + _WEIGHTS] = _read(uri, parts, below + _WEIGHTS)
+    sums = [f"{name} {storage.digest(data)}" for name, data in sorted(files.items())]
+    schedulers = [said[name] for name in optional[:2] if name in said]
+    return _Folder(
+        uri, said[names[0]], schedulers[0] if schedulers else None, said.get(_CLASSES, []), weights_uri,
+        files[below + _WEIGHTS], storage.digest("\n".join(sums).encode()),
+    )  # fmt: skip
 
-    def model(self, config: ImportConfig) -> tuple[ModelConfig, bool]:
-        """Its configuration, and whether its class embedding lacks the null class.
 
-        Raises PipelineError, by the key, on what has no counterpart.
-        """
-        names, adds_null = self._classes(config)
-        prediction, timesteps = self._schedule(config)
-        rows = {"num_class_embeds": len(names) + 1} if names else {}
-        unet = self._converted(config_from_diffusers, {**self.unet, **rows}, config.resolution)
-        if unet.channels != 3:
-            raise PipelineError(f"{self.uri}: in_channels: {unet.channels}; pictures here have 3: only 3 can be read")
-        if config.resolution not in (None, unet.resolution):
+def _read(uri: str, parts: dict[str, Any], name: str) -> bytes:
+    """A file of the folder, checked where the manifest lists it."""
+    return storage.read_part(uri, parts[name]) if name in parts else storage.read_bytes(storage.join(uri, name))
+
+
+def _parsed(uri: str, data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise PipelineError(f"{uri}: not valid JSON ({error}); save the model again") from error
+
+
+def _check_kind(uri: str, unet: Any) -> None:
+    """Refuse other networks than UNet2DModel."""
+    kind = unet.get("_class_name") if isinstance(unet, dict) else None
+    if kind != "UNet2DModel":
+        raise PipelineError(f"{uri}: _class_name: {kind!r}; only 'UNet2DModel' can be read")
+
+
+def _weights_uri(uri: str, below: str) -> str:
+    """Where the weights lie. Raises PipelineError where they are not in one file of safetensors."""
+    weights, pickle = (storage.join(uri, below + name) for name in (_WEIGHTS, _PICKLE))
+    if storage.exists(weights):
+        return weights
+    if storage.exists(pickle):
+        raise PipelineError(
+            f"{pickle}: a pickle, which can run any code when it is opened; where you trust it, load it with diffusers "
+            "and save it again (save_pretrained writes safetensors)"
+        )
+    raise PipelineError(f"{weights}: not found; save the model in one file of safetensors, without a variant")
+
+
+def _target(folder: _Folder, config: ImportConfig) -> str:
+    """Where the folder's model lies in the store."""
+    run = identity("import", VERSION, what(config), folder.digest)
+    return storage.join(storage.normalise(config.store), "models", config.name, run, "published", "step-0000000")
+
+
+def _model_config(folder: _Folder, config: ImportConfig) -> tuple[ModelConfig, bool]:
+    """The model's configuration, and whether its class embedding lacks the null class."""
+    names, adds_null = _classes(folder, config)
+    prediction, timesteps = _schedule(folder, config)
+    rows = {"num_class_embeds": len(names) + 1} if names else {}
+    unet = _converted(folder, config_from_diffusers, {**folder.unet, **rows}, config.resolution)
+    if unet.channels != 3:
+        raise PipelineError(f"{folder.uri}: in_channels: {unet.channels}; only 3 can be read, as pictures have here")
+    if config.resolution not in (None, unet.resolution):
+        raise PipelineError(
+            f"{folder.uri}: sample_size: {unet.resolution}, but --resolution {config.resolution}; leave it out"
+        )
+    low, high = timestep_sigmas(timesteps)[[0, -1]].tolist()
+    made = ModelConfig(
+        unet, prediction, sigma_min=low, sigma_max=high, class_names=tuple(names),
+        schedule=_SCHEDULES[timesteps.betas], timesteps=timesteps,
+    )  # fmt: skip
+    return made, adds_null
+
+
+def _classes(folder: _Folder, config: ImportConfig) -> tuple[list[str], bool]:
+    """Names of the classes, and whether every row of the embedding is one of them."""
+    rows = folder.unet.get("num_class_embeds") or 0
+    names = config.class_names or folder.class_names or [str(label) for label in range(rows)]
+    if len(names) not in ({rows, rows - 1} if rows else {0}):
+        raise PipelineError(
+            f"{folder.uri}: num_class_embeds: {rows}, but {len(names)} class names; give one for each, or one fewer "
+            "where the last row means no class"
+        )
+    if len(set(names)) != len(names):
+        raise PipelineError(f"{folder.uri}: class names: {', '.join(names)}; need different ones")
+    return names, bool(rows) and len(names) == rows
+
+
+def _schedule(folder: _Folder, config: ImportConfig) -> tuple[Prediction, Timesteps]:
+    """What the network predicts and its timesteps: by its scheduler's config, or by the flags where there is none."""
+    if folder.scheduler is None:
+        return _schedule_by_flags(folder, config)
+    prediction, timesteps = _converted(folder, schedule_from_diffusers, folder.scheduler)
+    told = {
+        "prediction": prediction, "betas": timesteps.betas, "timesteps": timesteps.count,
+        "beta_first": timesteps.first, "beta_last": timesteps.last,
+    }  # fmt: skip
+    for name, value in told.items():
+        asked = getattr(config, name)
+        if asked not in (None, value):
             raise PipelineError(
-                f"{self.uri}: sample_size: {unet.resolution}, but --resolution {config.resolution}; leave it out"
+                f"{folder.uri}: its scheduler says {name} {value}, but --{name.replace('_', '-')} {asked} was given; "
+                "leave it out"
             )
-        low, high = timestep_sigmas(timesteps)[[0, -1]].tolist()
-        made = ModelConfig(
-            unet, prediction, sigma_min=low, sigma_max=high, class_names=tuple(names),
-            schedule=_SCHEDULES[timesteps.betas], timesteps=timesteps,
-        )  # fmt: skip
-        return made, adds_null
+    return prediction, timesteps
 
-    def weights(self, unet: UNetConfig, adds_null: bool) -> dict[str, Tensor]:
-        """Its tensors under our names, float32. Raises PipelineError on one too many, too few, or of another shape."""
-        uri = storage.join(self.uri, self.weights_name)
-        try:
-            theirs = safetensors.torch.load(self.files[self.weights_name])
-        except safetensors.SafetensorError as error:
-            raise PipelineError(f"{uri}: no safetensors ({error}); save the model again") from error
-        ours = self._converted(from_diffusers, unet, theirs)
-        found = {name: value.float().contiguous() for name, value in ours.items()}
-        if adds_null:
-            rows = found["classes.weight"]
-            found["classes.weight"] = torch.cat((rows, rows.mean(dim=0, keepdim=True)))
-        with torch.device("meta"):
-            needed = {name: value.shape for name, value in UNet(unet).state_dict().items()}
-        for name in sorted(needed):
-            if name not in found or found[name].shape != needed[name]:
-                has = list(found[name].shape) if name in found else "missing"
-                (told,) = to_diffusers(unet, {name: torch.empty(0)})
-                raise PipelineError(f"{uri}: {told}: {has}; its config needs {list(needed[name])}; save both again")
-        return found
 
-    def _classes(self, config: ImportConfig) -> tuple[list[str], bool]:
-        """Names of its classes, and whether every row of its embedding is one of them."""
-        rows = self.unet.get("num_class_embeds") or 0
-        names = config.class_names or self.class_names or [str(label) for label in range(rows)]
-        if len(names) not in ({rows, rows - 1} if rows else {0}):
+def _schedule_by_flags(folder: _Folder, config: ImportConfig) -> tuple[Prediction, Timesteps]:
+    if config.prediction is None or config.betas is None:
+        raise PipelineError(f"{folder.uri}: no scheduler_config.json; give --prediction and --betas")
+    own = Timesteps()
+    first, last = config.beta_first or own.first, config.beta_last or own.last
+    timesteps = _converted(folder, Timesteps, config.betas, config.timesteps or own.count, first, last)
+    return config.prediction, timesteps
+
+
+def _weights(folder: _Folder, unet: UNetConfig, adds_null: bool) -> dict[str, Tensor]:
+    """The tensors under our names, float32. Raises PipelineError on one too many, too few, or of another shape."""
+    try:
+        theirs = safetensors.torch.load(folder.weights)
+    except safetensors.SafetensorError as error:
+        raise PipelineError(f"{folder.weights_uri}: no safetensors ({error}); save the model again") from error
+    ours = _converted(folder, from_diffusers, unet, theirs)
+    found = {name: value.float().contiguous() for name, value in ours.items()}
+    if adds_null and "classes.weight" in found:
+        rows = found["classes.weight"]
+        found["classes.weight"] = torch.cat((rows, rows.mean(dim=0, keepdim=True)))
+    _check_shapes(folder, unet, found)
+    return found
+
+
+def _check_shapes(folder: _Folder, unet: UNetConfig, found: dict[str, Tensor]) -> None:
+    with torch.device("meta"):
+        needed = {name: value.shape for name, value in UNet(unet).state_dict().items()}
+    for name in sorted(needed):
+        if name not in found or found[name].shape != needed[name]:
+            has = list(found[name].shape) if name in found else "missing"
+            (told,) = to_diffusers(unet, {name: torch.empty(0)})
             raise PipelineError(
-                f"{self.uri}: num_class_embeds: {rows}, but {len(names)} class names; give one for each, or one fewer "
-                "where the last row means no class"
+                f"{folder.weights_uri}: {told}: {has}; its config needs {list(needed[name])}; save both again"
             )
-        if len(set(names)) != len(names):
-            raise PipelineError(f"{self.uri}: class names: {', '.join(names)}; need different ones")
-        return names, bool(rows) and len(names) == rows
 
-    def _schedule(self, config: ImportConfig) -> tuple[Prediction, Timesteps]:
-        """What it predicts and its timesteps: by its scheduler's config, or by the flags where it has none."""
-        if self.scheduler is None:
-            return self._schedule_by_flags(config)
-        prediction, timesteps = self._converted(schedule_from_diffusers, self.scheduler)
-        told = {
-            "prediction": prediction, "betas": timesteps.betas, "timesteps": timesteps.count,
-            "beta_first": timesteps.first, "beta_last": timesteps.last,
-        }  # fmt: skip
-        for name, value in told.items():
-            asked = getattr(config, name)
-            if asked not in (None, value):
-                raise PipelineError(
-                    f"{self.uri}: its scheduler says {name} {value}, but --{name.replace('_', '-')} {asked} was given; "
-                    "leave it out"
-                )
-        return prediction, timesteps
 
-    def _schedule_by_flags(self, config: ImportConfig) -> tuple[Prediction, Timesteps]:
-        if config.prediction is None or config.betas is None:
-            raise PipelineError(f"{self.uri}: no scheduler_config.json; give --prediction and --betas")
-        own = Timesteps()
-        first, last = config.beta_first or own.first, config.beta_last or own.last
-        return config.prediction, self._converted(Timesteps, config.betas, config.timesteps or own.count, first, last)
-
-    def _converted(self, convert: Callable[..., Any], *given: Any, **more: Any) -> Any:
-        """What `convert` makes of these; what has no counterpart is told with the folder's name."""
-        try:
-            return convert(*given, **more)
-        except (ValueError, TypeError) as error:
-            raise PipelineError(f"{self.uri}: {error}") from error
-
-    def _check_kind(self, folder: str) -> None:
-        """Refuse other networks than UNet2DModel, and weights in other files than one of safetensors."""
-        config, weights, pickle = (storage.join(self.uri, folder + name) for name in (_CONFIG, _WEIGHTS, _PICKLE))
-        kind = self.unet.get("_class_name") if isinstance(self.unet, dict) else None
-        if kind != "UNet2DModel":
-            raise PipelineError(f"{config}: _class_name: {kind!r}; only 'UNet2DModel' can be read")
-        if storage.exists(weights):
-            return
-        if storage.exists(pickle):
-            raise PipelineError(
-                f"{pickle}: a pickle, which can run any code when it is opened; where you trust it, load it with "
-                "diffusers and save it again (save_pretrained writes safetensors)"
-            )
-        raise PipelineError(f"{weights}: not found; save the model in one file of safetensors, without a variant")
-
-    def _json(self, name: str) -> Any:
-        try:
-            return json.loads(self._read(name))
-        except ValueError as error:
-            raise PipelineError(f"{storage.join(self.uri, name)}: not valid JSON ({error})") from error
-
-    def _read(self, name: str) -> bytes:
-        """A file of the folder, kept; checked where the folder's manifest lists it."""
-        part = self.parts.get(name)
-        uri = storage.join(self.uri, name)
-        self.files[name] = storage.read_part(self.uri, part) if part else storage.read_bytes(uri)
-        return self.files[name]
+def _converted(folder: _Folder, convert: Callable[..., Any], *given: Any) -> Any:
+    """What `convert` makes of these; what has no counterpart is told with the folder's name."""
+    try:
+        return convert(*given)
+    except (ValueError, TypeError) as error:
+        raise PipelineError(f"{folder.uri}: {error}") from error

@@ -213,6 +213,19 @@ def test_what_was_exported_comes_back_bit_by_bit(tmp_path):
     assert f"Imported from: {folder} (digest {lineage['digest']})" in (Path(again) / "README.md").read_text()
 
 
+def test_folders_and_models_lie_on_disk_or_on_s3(store, tmp_path):
+    config = discrete("x0")
+    model = published(tmp_path / "model", config, shaken(UNet(config.unet)).state_dict())
+    assert exchange.find(ExportConfig(model=model, to=f"{store}/out")) is None
+    assert export(model, f"{store}/out") == f"{store}/out"
+    assert exchange.find(ExportConfig(model=model, to=f"{store}/out")).found
+    again = imported(f"{store}/out", store)
+    assert exchange.find(ImportConfig(source=f"{store}/out", store=store, name="theirs")).uri == again
+    x = noise()
+    one, two = (load_model(uri).denoiser(x, torch.full((3,), 2.0), None) for uri in (model, again))
+    assert torch.equal(one, two)
+
+
 def test_both_stages_find_what_they_made_from_the_command_line(tmp_path, capsys):
     model = published(tmp_path / "model", discrete("eps"), UNet(discrete("eps").unet).state_dict())
     out, store = str(tmp_path / "out"), str(tmp_path / "store")
@@ -257,7 +270,7 @@ def test_what_diffusers_cannot_express_is_refused_with_what_it_could(tmp_path, c
     [
         ({"act_fn": "gelu"}, {}, {}, "act_fn: 'gelu' has no counterpart"),
         ({"down_block_types": ["SkipDownBlock2D", "DownBlock2D"]}, {}, {}, "down_block_types, up_block_types: "),
-        ({"in_channels": 1, "out_channels": 1}, {}, {}, "in_channels: 1; pictures here have 3"),
+        ({"in_channels": 1, "out_channels": 1}, {}, {}, "in_channels: 1; only 3 can be read"),
         ({"_class_name": "UNet2DConditionModel"}, {}, {}, "_class_name: 'UNet2DConditionModel'; only 'UNet2DModel'"),
         ({"layers_per_block": 2}, {}, {}, r"safetensors: .*: missing; its config needs \["),
         ({"sample_size": None}, {}, {}, "sample_size: None; need one number"),
