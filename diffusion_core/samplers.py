@@ -6,6 +6,7 @@ D is the denoised picture, H what earlier rows remembered, z fresh noise. Below,
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -137,9 +138,25 @@ def sample(
     return state.x
 
 
-def start_noise(plan: Plan, seeds: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Where generation begins: x = sigma_0 · noise, [B, *shape]."""
-    return float(plan.sigma[0]) * normal(seeds, "start", 0, shape, dtype)
+def start_noise(
+    plan: Plan,
+    seeds: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    model: ModelConfig | None = None,
+) -> Tensor:
+    """Where generation begins: x = sigma_0 · noise, [B, *shape]; by `start_level` where the model is given."""
+    level = float(plan.sigma[0]) if model is None else start_level(plan, model)
+    return level * normal(seeds, "start", 0, shape, dtype)
+
+
+def start_level(plan: Plan, model: ModelConfig) -> float:
+    """Standard deviation of the noise that generation begins with: sigma_0, with room for a discrete model's picture.
+
+    A discrete model's network sees noise of variance 1 at first (Ho et al. 2020, algorithm 2): x = √(1 + sigma_0²)·z.
+    """
+    sigma = float(plan.sigma[0])
+    return sigma if model.timesteps is None else math.hypot(1.0, sigma)
 
 
 def model_grid(config: SamplerConfig, model: ModelConfig) -> Tensor:

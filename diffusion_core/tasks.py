@@ -11,7 +11,7 @@ from diffusion_core.config import Inpainting, ModelConfig, SamplerConfig, Task
 from diffusion_core.denoiser import guidance
 from diffusion_core.inpainting import denoise_plan, repaint_plan
 from diffusion_core.noise_level import estimate_sigma
-from diffusion_core.samplers import Plan, make_plan, model_grid
+from diffusion_core.samplers import Plan, make_plan, model_grid, start_level
 from diffusion_core.schedules import grid_from, level_at
 
 # What each task must be given, and what it may be given besides
@@ -101,7 +101,9 @@ def prepare(
     if request.task == "image_to_image" and level == 0:
         return Job(request, None, origin, 0.0)
     plan = _plan(request.sampler, model, request.task, request.inpainting, level)
-    return Job(request, plan, origin, 0.0 if request.task == "denoise" else float(plan.sigma[0]))
+    if request.task in ("denoise", "image_to_image"):
+        return Job(request, plan, origin, 0.0 if request.task == "denoise" else float(plan.sigma[0]))
+    return Job(request, plan, origin, start_level(plan, model))
 
 
 @functools.lru_cache(maxsize=256)

@@ -11,7 +11,10 @@ from PIL import Image
 from support.models import discrete, export, flip_a_bit, published, shaken
 
 from diffusion_core.config import PRESETS, SamplerConfig, Timesteps
-from diffusion_core.samplers import make_plan, model_grid, new_state, sample, step
+from diffusion_core.engine import Engine
+from diffusion_core.noise import normal
+from diffusion_core.samplers import make_plan, model_grid, new_state, sample, start_level, step
+from diffusion_core.tasks import Request
 from diffusion_core.unet import UNet
 from pipelines import __main__ as stages
 from pipelines import bulk, evaluate, exchange, serve, storage
@@ -50,11 +53,11 @@ def noise(count=3, seed=0):
 
 @torch.no_grad()
 def ours(uri, start, grid, steps=50, label=None):
-    """DDIM with our sampler from the state in which diffusers begins."""
+    """DDIM with our sampler from the given noise."""
     model = load_model(uri)
     config = SamplerConfig("ddim", steps, grid)
     plan = make_plan(config, model_grid(config, model.config))
-    x = start * torch.sqrt(1 + plan.sigma[0] ** 2).float()
+    x = start * start_level(plan, model.config)
     return sample(lambda x, sigma: model.denoiser(x, sigma, label), plan, x, torch.arange(len(x)))
 
 
@@ -101,7 +104,7 @@ def ddpm(uri, steps):
     config = SamplerConfig("ddpm", steps, "leading")
     plan = make_plan(config, model_grid(config, model.config))
     start = torch.randn(3, 3, 8, 8, generator=generator)
-    state = new_state(start * torch.sqrt(1 + plan.sigma[0] ** 2).float(), plan.memory)
+    state = new_state(start * start_level(plan, model.config), plan.memory)
     for row in range(len(plan)):
         denoised = model.denoiser(state.x, plan.sigma[row].float().expand(3), None)
         z = torch.randn(3, 3, 8, 8, generator=generator) if plan.s[row] != 0 else None
@@ -150,6 +153,18 @@ def test_ddim_from_an_imported_model_is_that_of_diffusers(tmp_path, schedule, pr
         beta_schedule=schedule, prediction_type=prediction, clip_sample=False, timestep_spacing=spacing
     )
     assert_near(ours(model, noise(), spacing, steps), theirs(network, scheduler, noise(), steps))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_engine_draws_what_diffusers_draws_from_the_noise_of_its_seed(tmp_path, schedule):
+    network = shaken(UNet2DModel(**TINY))
+    model = load_model(imported(saved(tmp_path / "in", network, schedule, "v_prediction"), tmp_path / "store"))
+    scheduler = DDIMScheduler(beta_schedule=schedule, prediction_type="v_prediction", clip_sample=False)
+    seeds = torch.tensor([3, 4])
+    drawn = Engine(model.denoiser).run(
+        [Request(int(seed), sampler=SamplerConfig("ddim", 50, "leading")) for seed in seeds]
+    )
+    assert_near(torch.stack(drawn), theirs(network, scheduler, normal(seeds, "start", 0, (3, 8, 8), torch.float32)))
 
 
 def test_a_pipeline_of_an_early_version_is_read(tmp_path):

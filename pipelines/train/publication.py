@@ -62,6 +62,7 @@ def samples(model: ModelConfig, weights: dict[str, Tensor], device: torch.device
     denoiser = Denoiser(network, model)
     sampler = SamplerConfig()
     plan = make_plan(sampler, model_grid(sampler, model))
-    start = start_noise(plan, seeds, (model.unet.channels, model.unet.resolution, model.unet.resolution))
+    shape = (model.unet.channels, model.unet.resolution, model.unet.resolution)
+    start = start_noise(plan, seeds, shape, model=model)
     drawn = sample(lambda x, sigma: guided(denoiser, x, sigma, label, scale), plan, start, seeds)
     return grid(to_bytes(drawn.cpu().numpy()), columns)
