@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pipelines import __version__, storage
 from pipelines.config import GenerateConfig, Outcome, PipelineError, SampleOptions, identity, narrow, what
 from pipelines.images import Pixels, to_png
-from pipelines.model import load_config, model_digest
+from pipelines.model import load_config, load_model, model_digest
 from pipelines.progress import Progress
 from pipelines.requests import ImageRequest
 from pipelines.worker import Worker, load_worker, picture_seed
@@ -136,6 +136,7 @@ def _through_actors(config: GenerateConfig, uri: str, missing: list[int]) -> Ite
 
     if not missing:
         return
+    load_model(config.model)  # a damaged model is an error here, in one line, and not of an actor that starts again
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
     size = min(len(missing), config.workers or gpus or max(1, int(resources.get("CPU", 1)) // 2))

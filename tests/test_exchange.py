@@ -18,7 +18,6 @@ from diffusion_core.tasks import Request
 from diffusion_core.unet import UNet
 from pipelines import __main__ as stages
 from pipelines import bulk, evaluate, exchange, serve, storage
-from pipelines.bulk import ShardPainter
 from pipelines.config import EvaluateConfig, ExportConfig, GenerateConfig, ImportConfig, PipelineError, ServeConfig
 from pipelines.dataset import open_dataset
 from pipelines.model import load_config, load_model, newest_model
@@ -354,7 +353,7 @@ def test_one_changed_byte_of_a_model_is_noticed_and_named_by_all_that_load_it(tm
         load_worker,
         lambda uri: export(uri, tmp_path / "out"),
         lambda uri: serve.start(ServeConfig(model=uri)),
-        lambda uri: ShardPainter(GenerateConfig(model=uri), str(tmp_path)),
+        lambda uri: bulk.run(GenerateConfig(model=uri, store=str(tmp_path / "store"), count=2)),
     )
     for load in loads:
         with pytest.raises(storage.DamagedError, match=f"{name}: checksum"):
