@@ -66,7 +66,6 @@ def test_every_figure_is_there_with_its_interval_and_count(figures):
 
 def test_held_out_pictures_come_nearer_than_the_samples_of_a_model_that_has_learned_nothing(figures):
     assert figures["heldout_pictures"]["frechet"]["high"] < figures["frechet"]["low"]
-    assert figures["heldout_pictures"]["precision"]["value"] > figures["precision"]["value"]
 
 
 def test_the_samples_are_those_of_the_model_and_their_requests(evaluated, place, tiny_dataset, tiny_model):
