@@ -14,10 +14,10 @@ from pipelines.config import GenerateConfig, Outcome, PipelineError, SampleOptio
 from pipelines.images import Pixels, to_png
 from pipelines.model import load_config, load_model, model_digest
 from pipelines.progress import Progress
-from pipelines.requests import ImageRequest
+from pipelines.requests import ImageRequest, metadata
 from pipelines.worker import Worker, load_worker, picture_seed
 
-VERSION = 2
+VERSION = 3
 _IN_FLIGHT = 2
 Numerics = dict[str, str | int]
 
@@ -61,11 +61,12 @@ def commit_shard(
     `numerics` is the profile within which they repeat. Returns the shard's entry for the manifest.
     """
     requests, first = requests_of(config, shard), shard * config.shard_size
-    manifest = storage.read_manifest(storage.normalise(config.model), "model")
+    model = model_digest(storage.read_manifest(storage.normalise(config.model), "model"))
+    pngs = [to_png(picture, metadata(asked, model)) for asked, picture in zip(requests, pictures, strict=True)]
     columns: dict[str, list[Any]] = {
         "row": list(range(first, first + len(requests))),
-        "image": [{"bytes": to_png(picture), "path": f"{first + at:09}.png"} for at, picture in enumerate(pictures)],
-        "model": [model_digest(manifest)] * len(requests),
+        "image": [{"bytes": png, "path": f"{first + at:09}.png"} for at, png in enumerate(pngs)],
+        "model": [model] * len(requests),
     }
     for name in ("task", "prompt", "seed", *SampleOptions.model_fields):
         columns[name] = [getattr(request, name) for request in requests]

@@ -3,6 +3,7 @@
 A field marked `How()` says how work is done (workers, addresses) and never takes part in a result's identity.
 """
 
+import getpass
 import hashlib
 import json
 import os
@@ -53,6 +54,10 @@ class How:
     """
 
 
+class First:
+    """Marks the field that a command line may give as its first word, without the flag."""
+
+
 def absolute(uri: str) -> str:
     """The URI that names the same thing from any folder: s3://bucket/key, or an absolute path. No slash at the end.
 
@@ -78,11 +83,19 @@ class Settings(BaseModel):
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
-class Place(Settings):
-    """Where results go."""
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+class Store(Settings):
+    """What holds all results."""
 
     store: Annotated[Uri, How()] = Field("runs/demo", description="folder or s3://bucket/prefix that holds all results")
-    name: str = Field("cartoons", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of dataset, model and job")
+
+
+class Place(Store):
+    """Where results go."""
+
+    name: str = Field("cartoons", pattern=_NAME, description="name of dataset, model and job")
 
 
 class DrawOptions(Settings):
@@ -435,7 +448,7 @@ class ServeConfig(EngineOptions, Place):
     """Serve a model over HTTP until stopped."""
 
     model: Annotated[Uri | None, How()] = Field(
-        None, description="URI of the published model; default: the newest of --name in --store"
+        None, description="URI of the published model; default: what is live of --name in --store, else the newest"
     )
     host: Annotated[str, How()] = Field("127.0.0.1", description="address to listen on")
     port: Annotated[int, How()] = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
@@ -466,6 +479,125 @@ class ImportConfig(Place):
     timesteps: int | None = Field(None, ge=2, description="number of its timesteps, without a scheduler (1000)")
     beta_first: float | None = Field(None, gt=0, lt=1, description="first beta, without a scheduler (0.0001)")
     beta_last: float | None = Field(None, gt=0, lt=1, description="last beta, without a scheduler (0.02)")
+
+
+# FIGURE OP VALUE: a dotted path into an evaluation's figures, and a number, live, or live + interval.
+RULE = re.compile(
+    r"(?P<optional>\?)?(?P<figure>[A-Za-z_]\w*(?:\.\w+)*)\s*(?P<operator><=|<|>=|>)\s*"
+    r"(?:(?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)|live(?:\s*(?P<sign>[-+])\s*interval)?)"
+)
+
+
+def _known_rule(value: str) -> str:
+    if not RULE.fullmatch(value.strip()):
+        raise ValueError(
+            "need FIGURE OP VALUE, as 'frechet <= live + interval' or '?class_accuracy >= 0.5'; OP is <=, <, >= or >, "
+            "VALUE a number, live, live + interval or live - interval"
+        )
+    return value.strip()
+
+
+Rule = Annotated[str, AfterValidator(_known_rule)]
+
+
+class Who(Settings):
+    """Who changes what is live, and why: kept beside the change."""
+
+    by: str | None = Field(None, min_length=1, description="who does it; default: the name you are logged in with")
+    reason: str = Field("", description="why; kept with the entry")
+
+    @property
+    def author(self) -> str:
+        """Who does it. Raises PipelineError where that is not known."""
+        try:
+            return self.by or getpass.getuser()
+        except (KeyError, ImportError, OSError) as error:
+            raise PipelineError(f"by: the system knows no name of this user ({error}); give --by NAME") from error
+
+
+class ModelPlace(Who):
+    """A model, and the store and name under which its promotions are kept."""
+
+    model: Uri = Field(description="URI of the published model (its folder)")
+    store: Uri | None = Field(None, description="store that keeps the promotions; default: the one the model lies in")
+    name: str | None = Field(None, pattern=_NAME, description="name of the model; default: the one in its URI")
+
+
+class ModelsConfig(Place):
+    """List the models of a name: steps, loss, promotions, which one is live; or show one whole."""
+
+    model: Uri | None = Field(None, description="URI of a published model to show whole")
+
+
+class PromoteConfig(ModelPlace):
+    """Make a model the live one of its name, where its evaluation passes the rules."""
+
+    evaluation: Uri | None = Field(
+        None, description="URI of the evaluation to judge by; default: the newest of this model"
+    )
+    rule: list[Rule] = Field(
+        ["frechet <= live + interval", "memorisation <= 0.1", "?class_accuracy >= 0.5"],
+        min_length=1,
+        description="what the figures must meet, as 'frechet <= live + interval'; give the flag again for more; a ? in "
+        "front: only where there is such a figure",
+    )
+    force: bool = Field(False, description="promote whatever the rules say; needs --reason")
+
+    @model_validator(mode="after")
+    def _reasoned(self) -> Self:
+        if self.force and not self.reason:
+            raise ValueError("--force needs --reason, which is kept with the promotion")
+        return self
+
+
+class RollbackConfig(Who, Place):
+    """Make live again what was live before."""
+
+    to: int | None = Field(None, ge=1, description="number of the promotion to go back to; default: the one before")
+
+
+class RetireConfig(ModelPlace):
+    """Mark a model as one that must not be promoted."""
+
+    undo: bool = Field(False, description="take the mark away again")
+
+
+class TraceConfig(Settings):
+    """Say where a picture, a set of them, a model or a dataset came from, or what a source went into."""
+
+    uri: Annotated[Uri, First()] = Field(
+        description="what to trace: an image set, a PNG of ours, a model, a dataset, an evaluation, or an object that "
+        "was ingested; may be given without the flag"
+    )
+    store: Uri | None = Field(None, description="store to look in; default: the one that the URI lies in")
+    row: int | None = Field(None, ge=0, description="number of one picture of an image set")
+    remake: bool = Field(False, description="make the picture again on this machine, and compare the bytes")
+    image: Uri | None = Field(None, description="with --remake: the picture file that was edited")
+    mask: Uri | None = Field(None, description="with --remake: the mask file of that edit")
+    sources: int = Field(20, ge=0, description="source objects to list; 0 lists all")
+
+
+class ForgetConfig(Store):
+    """Plan what to make anew so that a source has no part in anything; prints the commands and runs none."""
+
+    uri: Annotated[Uri, First()] = Field(
+        description="URI of the source: an object that was ingested; may be given without the flag"
+    )
+
+
+class CleanupConfig(Store):
+    """Find what may be deleted: old models that nothing refers to, checkpoints of finished runs. Deletes on demand."""
+
+    name: str | None = Field(None, pattern=_NAME, description="models of this name alone; default: of every name")
+    keep: int = Field(3, ge=0, description="newest models of a name that stay in any case")
+    dry_run: bool = Field(False, description="only print what would go, which is the default")
+    delete: bool = Field(False, description="delete it")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if self.dry_run and self.delete:
+            raise ValueError("--dry-run or --delete, not both")
+        return self
 
 
 class PipelineOptions(Settings):
@@ -561,7 +693,7 @@ def parse(kind: type[SettingsT], program: str, arguments: Sequence[str]) -> Sett
 
     Flags.__doc__ = kind.__doc__
     try:
-        flags = CliApp.run(Flags, cli_args=list(arguments))
+        flags = CliApp.run(Flags, cli_args=_flagged(kind, arguments))
         return kind.model_validate(flags.model_dump(exclude_unset=True))
     except ValidationError as error:
         first = error.errors()[0]
@@ -574,11 +706,27 @@ def parse(kind: type[SettingsT], program: str, arguments: Sequence[str]) -> Sett
         raise PipelineError(f"{program}: {told}; --help lists the settings") from error
 
 
-def to_flags(config: Settings) -> list[str]:
-    """The command-line flags that `parse` turns back into `config`, with nothing set that was not."""
+def _flagged(kind: type[Settings], arguments: Sequence[str]) -> list[str]:
+    """The arguments with the flag of the field that may stand first without it."""
+    first = next((name for name, field in kind.model_fields.items() if any(map(_is_first, field.metadata))), None)
+    bare = first is not None and bool(arguments) and not arguments[0].startswith("-")
+    return [f"--{first}", *arguments] if bare else list(arguments)
+
+
+def _is_first(mark: object) -> bool:
+    return isinstance(mark, First)
+
+
+def to_flags(config: Settings, changed: bool = False) -> list[str]:
+    """The command-line flags that `parse` turns back into `config`, with nothing set that was not.
+
+    With `changed` those of default values are left out, too.
+    """
     flags: list[str] = []
     told = set(_said(config, type(config)))
-    for name, value in config.model_dump(mode="json", exclude_none=True, include=told).items():
+    for name, value in config.model_dump(
+        mode="json", exclude_none=True, exclude_defaults=changed, include=told
+    ).items():
         for item in value if isinstance(value, list) else [value]:
             switch = f"--{name.replace('_', '-')}"
             flags += [switch if item else f"--no-{switch[2:]}"] if isinstance(item, bool) else [switch, str(item)]

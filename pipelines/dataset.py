@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pipelines import storage
 from pipelines.config import PipelineError
 from pipelines.images import Pixels, stored
+from pipelines.storage import ObjectInfo
 
 SCHEMA = pa.schema(
     [
@@ -79,6 +80,17 @@ class Dataset:
         """The folder that a shard of the manifest lies in (an earlier dataset's, or this one's), and the shard."""
         folder = self.uri.rsplit("/", 1)[0]
         return (storage.join(folder, shard["folder"]) if "folder" in shard else self.uri), shard
+
+    def sources(self) -> list[ObjectInfo]:
+        """The objects that it was read from, tables among them. Raises StorageError where the list is damaged."""
+        table = pq.read_table(io.BytesIO(storage.read_part(self.uri, self.manifest["sources"])))
+        return [ObjectInfo(**row) for row in table.to_pylist()]
+
+    def origins(self) -> Iterator[str]:
+        """Source of every picture: the URI of an object, in a shard followed by `#` and the picture's name there."""
+        for folder, shard in (self.place(each) for shards in self.manifest["shards"].values() for each in shards):
+            with storage.open_random(storage.join(folder, shard["name"])) as file:
+                yield from pq.ParquetFile(file).read(columns=["source"])["source"].to_pylist()
 
     def shards_seen_from_beside(self) -> dict[str, list[dict[str, Any]]]:
         """The shards as the manifest of another dataset in the same folder points at them."""

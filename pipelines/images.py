@@ -147,10 +147,13 @@ def stored(data: bytes, encoding: Encoding, resolution: int) -> Pixels:
 
 
 def to_png(pixels: Pixels, metadata: dict[str, str] | None = None) -> bytes:
-    """uint8 [H, W, 3] -> PNG bytes, with text `metadata` where given."""
+    """uint8 [H, W, 3] -> PNG bytes, the same for the same input; `metadata` becomes tEXt chunks in its order.
+
+    (PNG specification, third edition, 11.3.3: a text that is not Latin-1 becomes an iTXt chunk.)
+    """
     info = PngImagePlugin.PngInfo()
     for key, value in (metadata or {}).items():
-        info.add_itxt(key, value)
+        info.add_text(key, value)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=info)
     return buffer.getvalue()
@@ -160,6 +163,16 @@ def from_png(data: bytes) -> Pixels:
     """Bytes of a picture file that this project wrote -> uint8 [H, W, 3]."""
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(image.convert("RGB"), dtype=np.uint8)
+
+
+def png_texts(data: bytes) -> dict[str, str]:
+    """The texts that `to_png` was given as `metadata`. Raises ImageError where the bytes are no PNG."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            image.load()  # texts may stand behind the pixels
+            return {key: str(value) for key, value in image.text.items()}  # type: ignore[attr-defined]
+    except _DECODER_ERRORS as error:
+        raise ImageError("undecodable", f"no PNG ({error})") from error
 
 
 def to_floats(pixels: Pixels) -> NDArray[np.float32]:

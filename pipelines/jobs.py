@@ -21,8 +21,8 @@ _EXCLUDED = (".venv", ".venv-s3", ".git", "runs", "tests", "docs", ".mypy_cache"
 class Stage(NamedTuple):
     """A stage: its settings, the module that has its `find` and `run`, whether it needs Ray, and makes a result.
 
-    One that makes none has no `find`, and its `run` prints. `command` is what its command line takes, where that is
-    more than its settings.
+    One that makes none has no `find`, and its `run` prints: `call` is that function where a module has several.
+    `command` is what its command line takes, where that is more than its settings.
     """
 
     config: type[Settings]
@@ -30,6 +30,7 @@ class Stage(NamedTuple):
     needs_ray: bool = True
     makes_result: bool = True
     command: type[Settings] | None = None
+    call: str = "run"
 
     @property
     def flags(self) -> type[Settings]:
@@ -37,16 +38,28 @@ class Stage(NamedTuple):
         return self.command or self.config
 
 
+def _printing(config: type[Settings], module: str, call: str = "run") -> Stage:
+    """A stage that makes no result and needs no Ray."""
+    return Stage(config, module, needs_ray=False, makes_result=False, call=call)
+
+
 STAGES: dict[str, Stage] = {
     "draw": Stage(settings.DrawConfig, "pipelines.cartoons", needs_ray=False),
     "ingest": Stage(settings.IngestConfig, "pipelines.ingest"),
-    "plan": Stage(settings.PlanConfig, "pipelines.plan", needs_ray=False, makes_result=False),
+    "plan": _printing(settings.PlanConfig, "pipelines.plan"),
     "train": Stage(settings.TrainConfig, "pipelines.train", command=settings.TrainCommand),
     "import": Stage(settings.ImportConfig, "pipelines.exchange", needs_ray=False),
     "export": Stage(settings.ExportConfig, "pipelines.exchange", needs_ray=False),
     "generate": Stage(settings.GenerateConfig, "pipelines.bulk"),
     "evaluate": Stage(settings.EvaluateConfig, "pipelines.evaluate"),
     "serve": Stage(settings.ServeConfig, "pipelines.serve"),
+    "models": _printing(settings.ModelsConfig, "pipelines.registry", "show"),
+    "promote": _printing(settings.PromoteConfig, "pipelines.registry", "promote"),
+    "rollback": _printing(settings.RollbackConfig, "pipelines.registry", "roll_back"),
+    "retire": _printing(settings.RetireConfig, "pipelines.registry", "retire"),
+    "trace": _printing(settings.TraceConfig, "pipelines.lineage.trace"),
+    "forget": _printing(settings.ForgetConfig, "pipelines.lineage.forget"),
+    "cleanup": _printing(settings.CleanupConfig, "pipelines.lineage.cleanup"),
 }
 
 
@@ -84,7 +97,7 @@ def find_result(name: str, config: Settings) -> Outcome | None:
 
 def print_stage(name: str, config: Settings) -> None:
     """Run a stage that makes no result. Raises PipelineError where it fails."""
-    importlib.import_module(STAGES[name].module).run(config)
+    getattr(importlib.import_module(STAGES[name].module), STAGES[name].call)(config)
 
 
 def settle(command: settings.TrainCommand) -> settings.TrainConfig:

@@ -103,16 +103,33 @@ def model_digest(manifest: dict[str, Any]) -> str:
 
 def newest_model(store: str, name: str) -> str:
     """URI of the model of this name that was published last. Raises StorageError where there is none."""
-    base = storage.join(storage.normalise(store), "models", name)
+    models = published_models(store, name)
+    if not models:
+        raise no_model(store, name)
+    return models[-1]
+
+
+def published_models(store: str, name: str) -> list[str]:
+    """URIs of all models of this name, the one that was published last at the end."""
+    base = _base(store, name)
     folders = [
         storage.join(base, run, "published", step)
         for run in storage.list_folders(base)
         for step in storage.list_folders(storage.join(base, run, "published"))
     ]
     manifests = [storage.join(folder, storage.MANIFEST) for folder in folders if storage.is_published(folder)]
-    if not manifests:
-        raise storage.StorageError(f"{base}: no published model here; run the train stage first, or give --model")
-    return max(manifests, key=lambda uri: (storage.modified(uri), uri)).rsplit("/", 1)[0]
+    return [uri.rsplit("/", 1)[0] for uri in sorted(manifests, key=lambda uri: (storage.modified(uri), uri))]
+
+
+def no_model(store: str, name: str) -> storage.StorageError:
+    """What to raise where no model of this name can be taken."""
+    return storage.StorageError(
+        f"{_base(store, name)}: no published model here; run the train stage first, or give --model"
+    )
+
+
+def _base(store: str, name: str) -> str:
+    return storage.join(storage.normalise(store), "models", name)
 
 
 def _part(folder: str, name: str, data: bytes) -> dict[str, Any]:

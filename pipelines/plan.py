@@ -13,6 +13,7 @@ from diffusion_core.ema import Profile
 from diffusion_core.strategies import Ranks
 from diffusion_core.training import Optimisation
 from pipelines.config import PipelineError, PlanConfig
+from pipelines.progress import aligned
 
 _CATEGORIES = tuple(field.name for field in dataclasses.fields(memory.Memory))
 
@@ -110,7 +111,7 @@ def _by_micro_batch(choices: list[Choice]) -> list[str]:
         totals = [choice.needs(size).total for size in sizes]
         cells = [f"{total / 1e9:.2f}" if total <= budget else f"({total / 1e9:.2f})" for total in totals]
         rows.append([choice.name, *cells])
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _by_category(choices: list[Choice]) -> list[str]:
@@ -121,16 +122,7 @@ def _by_category(choices: list[Choice]) -> list[str]:
         parts = [f"{getattr(needs, name) / 1e9:.2f}" for name in _CATEGORIES]
         fits = "yes" if choice.largest else "no"
         rows.append([choice.name, str(max(1, choice.largest)), *parts, f"{needs.total / 1e9:.2f}", fits])
-    return _aligned(rows)
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    """Rows as lines with columns under one another."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.rjust(width) if number else cell.ljust(width) for number, (cell, width) in enumerate(cells))
-        for cells in (zip(row, widths, strict=True) for row in rows)
-    ]
+    return aligned(rows)
 
 
 def _model(config: PlanConfig) -> ModelConfig:

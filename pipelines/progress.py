@@ -1,4 +1,4 @@
-"""Progress of long work: a bar, a rate, an estimate of the time left, and the figures of the moment."""
+"""Progress of long work: a bar, a rate, the time left, the figures of the moment; and tables of what came out."""
 
 import contextlib
 import sys
@@ -58,6 +58,15 @@ class Progress:
         left = (self.total - self.done) / rate if rate > 0 else 0.0
         parts = [f"{self.what} [{bar}] {self.done}/{self.total} {self.unit}", f"{rate * scale:.1f} {unit}/s"]
         return "  ".join([*parts, *([figures] if figures else []), f"ETA {duration(left)}"])
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Rows of a table as lines with columns under one another, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.rjust(width) if number else cell.ljust(width) for number, (cell, width) in enumerate(cells))
+        for cells in (zip(row, widths, strict=True) for row in rows)
+    ]
 
 
 def duration(seconds: float) -> str:

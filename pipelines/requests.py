@@ -1,5 +1,8 @@
 """What may be asked of a model: one schema for HTTP, bulk and evaluation, checked against the model at the door."""
 
+import json
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
@@ -10,8 +13,10 @@ from diffusion_core.config import Inpainting, InpaintingName, ModelConfig, Task
 from diffusion_core.tasks import Request, prepare
 from pipelines.config import PipelineError, SampleOptions
 from pipelines.images import Limits, decode, decode_alpha, fit, to_floats
+from pipelines.storage import digest
 
 _MAX_PIXELS = 16_000_000
+_FILES = ("image", "mask")
 
 
 class RequestError(PipelineError):
@@ -42,6 +47,36 @@ class ImageRequest(SampleOptions):
         None, description="0 to 1: how far to go from the image (image_to_image), or from the parent's picture (vary)"
     )
     parent: int | None = Field(None, description="seed whose picture to vary")
+
+
+def metadata(request: ImageRequest, model: str) -> dict[str, str]:
+    """What a picture's PNG says of how it was made: the digest of its `model`, its `seed`, and all other `settings`.
+
+    The settings are JSON; a file that was edited stands there by its SHA-256.
+    """
+    plain = {"task", "prompt", *SampleOptions.model_fields}
+    left_out = {"seed", *_FILES} if request.task != "generate" else set(ImageRequest.model_fields) - plain
+    settings: dict[str, Any] = request.model_dump(mode="json", exclude=left_out)
+    files = {name: getattr(request, name) for name in _FILES}
+    settings |= {name: digest(data) for name, data in files.items() if data is not None}
+    return {"model": model, "seed": str(request.seed), "settings": json.dumps(settings, sort_keys=True)}
+
+
+def request_of(texts: dict[str, str], **files: bytes | None) -> ImageRequest:
+    """Inverse of `metadata`; `files` are the picture and the mask that were edited.
+
+    Raises RequestError where a file is missing or another one, or the texts are of another version of this project.
+    """
+    try:
+        settings: dict[str, Any] = json.loads(texts["settings"])
+        for name in _FILES:
+            asked, given = settings.pop(name, None), files.get(name)
+            if asked != (None if given is None else digest(given)):
+                raise RequestError(name, f"made of a file with SHA-256 {asked}; need that one" if asked else "not used")
+            settings[name] = given
+        return ImageRequest(seed=int(texts["seed"]), **settings)
+    except (KeyError, ValueError, TypeError) as error:
+        raise RequestError("settings", f"not those of this version ({str(error).splitlines()[0]})") from error
 
 
 def label_of(request: ImageRequest, model: ModelConfig) -> int | None:

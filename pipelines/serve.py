@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import json
 import secrets
 import signal
 import socket
@@ -18,8 +17,9 @@ from ray import serve
 from diffusion_core.config import InpaintingName, ModelConfig, Task
 from pipelines.config import Outcome, PipelineError, SampleOptions, ServeConfig
 from pipelines.images import to_png
-from pipelines.model import load_model, newest_model
-from pipelines.requests import ImageRequest, RequestError, core_request
+from pipelines.model import load_model
+from pipelines.registry import default_model
+from pipelines.requests import ImageRequest, RequestError, core_request, metadata
 from pipelines.storage import normalise
 from pipelines.worker import LANES, load_worker, picture_seed
 
@@ -162,11 +162,8 @@ class Images:
         requests = [ImageRequest(task=task, seed=own, **settings, **picture) for own in seeds]
         core_request(requests[0], ModelConfig.from_dict(about["config"]))
         pictures = await self.model.paint.remote(requests)
-        told = {"model": about["digest"], "settings": json.dumps({"task": task, **settings}, sort_keys=True)}
-        data = [
-            {"b64_json": base64.b64encode(to_png(pixels, {**told, "seed": str(own)})).decode(), "seed": own}
-            for pixels, own in zip(pictures, seeds, strict=True)
-        ]
+        pngs = [to_png(made, metadata(asked, about["digest"])) for asked, made in zip(requests, pictures, strict=True)]
+        data = [{"b64_json": base64.b64encode(png).decode(), "seed": own} for png, own in zip(pngs, seeds, strict=True)]
         return {"created": int(time.time()), "model": about["digest"], "seed": seed, "data": data}
 
     async def _about(self) -> dict[str, Any]:
@@ -186,7 +183,7 @@ class Images:
 
 def start(config: ServeConfig) -> str:
     """Start the application on the connected Ray; returns its URL. Raises PipelineError where the model is missing."""
-    uri = normalise(config.model) if config.model else newest_model(config.store, config.name)
+    uri = normalise(config.model) if config.model else default_model(config.store, config.name)
     load_model(uri)  # a missing or damaged model is an error here, and not of a replica that keeps restarting
     port = config.port or _free_port(config.host)
     _check_free(config.host, port)

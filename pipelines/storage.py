@@ -277,10 +277,15 @@ def modified(uri: str) -> float:
     return float(_retried(uri, lambda: _filesystem(uri).modified(_path(uri))).timestamp())
 
 
+def remove_object(uri: str) -> None:
+    """Delete an object; one that is gone already is no error."""
+    with contextlib.suppress(NotFoundError):
+        _retried(uri, lambda: _filesystem(uri).rm_file(_path(uri)))
+
+
 def remove_folder(uri: str) -> None:
     """Delete a folder, its manifest first, so that nobody takes the rest for whole."""
-    with contextlib.suppress(NotFoundError):
-        _retried(uri, lambda: _filesystem(uri).rm_file(_path(join(uri, MANIFEST))))
+    remove_object(join(uri, MANIFEST))
     with contextlib.suppress(NotFoundError):
         _retried(uri, lambda: _filesystem(uri).rm(_path(uri), recursive=True))
 

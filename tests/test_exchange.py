@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
-from support.models import discrete, export, flip_a_bit, published, shaken
+from support.folders import discrete, export, flip_a_bit, published, shaken
 
 from diffusion_core.config import PRESETS, SamplerConfig, Timesteps
 from diffusion_core.engine import Engine

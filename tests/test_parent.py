@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 from conftest import TINY
-from support.models import discrete, export, flip_a_bit, published, shaken
+from support.folders import discrete, export, flip_a_bit, published, shaken
 from support.ranks import stop_after
 
 from diffusion_core.config import PRESETS

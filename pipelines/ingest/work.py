@@ -1,12 +1,10 @@
 """What a run is to make: the listing of its sources, and the earlier dataset that it builds on."""
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines import storage
 from pipelines.config import IngestConfig, identity, what
@@ -47,7 +45,7 @@ def plan_work(config: IngestConfig) -> Work:
     for dataset in earlier(config) if config.extend else ():
         if dataset.manifest["sources"]["rows"] <= len(known) or dataset.manifest["reasons"].get("rare_class"):
             continue  # a class that was too rare may not be so any more: all of it has to be read again
-        has = _sources_of(dataset)
+        has = {fingerprint(info) for info in dataset.sources()}
         if has <= here:
             parent, known = dataset, has
     new = listing.without(known)
@@ -70,12 +68,6 @@ def earlier(config: IngestConfig) -> Iterator[Dataset]:
     for dataset in sorted(found, key=lambda dataset: (dataset.manifest["parent"] or "", dataset.digest)):
         if config.extend or not dataset.manifest["parent"]:
             yield dataset
-
-
-def _sources_of(dataset: Dataset) -> set[tuple[str, int, str]]:
-    """Every object that a dataset was read from."""
-    table = pq.read_table(io.BytesIO(storage.read_part(dataset.uri, dataset.manifest["sources"])))
-    return set(zip(*(table[name].to_pylist() for name in _SOURCES.names), strict=True))
 
 
 def sources_table(listing: Listing) -> bytes:

@@ -1,41 +1,60 @@
-"""Small models that a user could have published, without training them, and what can be done to their folders."""
+"""Published models with random weights and evaluations with given figures, as training and evaluation leave them."""
+
+import dataclasses
+import os
 
 import torch
-from torch import nn
 
-from diffusion_core.config import ModelConfig, Timesteps, UNetConfig
-from diffusion_core.schedules import timestep_sigmas
-from pipelines import exchange
-from pipelines.config import ExportConfig
-from pipelines.model import Publication, publish_model
+from diffusion_core.config import PRESETS, ModelConfig
+from diffusion_core.unet import UNet
+from pipelines import storage
+from pipelines.config import TrainConfig, identity, what
+from pipelines.model import Publication, model_digest, publish_model
 
-
-def discrete(prediction, betas="linear", classes=()):
-    """A tiny model that is told its timesteps, as `train --timesteps` makes them."""
-    unet = UNetConfig(8, 3, (16, 32), 1, (1,), 32, 8, classes=len(classes), embedding="timestep")
-    levels, timesteps = timestep_sigmas(Timesteps(betas)), Timesteps(betas)
-    return ModelConfig(unet, prediction, 0.5, float(levels[0]), float(levels[-1]), classes, "linear", timesteps)
+SETTINGS = {"samples": 64, "extractor": "small"}
 
 
-def shaken(network, std=0.1):
-    """The network with random parameters: norms that are one and zero convolutions would hide a mix-up."""
-    torch.manual_seed(0)
-    for parameter in network.parameters():
-        nn.init.normal_(parameter, std=std)
-    return network.eval()
+def publish(store, number, *, name="tiny", step=3, parent=None, finished=True, dataset="/gone/datasets/tiny/0", age=0):
+    """URI of a model whose weights are keyed by `number`, of a run of its own, `age` seconds old."""
+    run = f"{store}/models/{name}/{number:016x}"
+    unet = dataclasses.replace(PRESETS["tiny"], resolution=8, classes=2)
+    torch.manual_seed(number)
+    weights = UNet(unet).state_dict()
+    settings = what(TrainConfig(dataset=dataset, name=name, steps=step, preset="tiny", seed=number))
+    told = {"settings": settings, "dataset": dataset, "dataset_digest": dataset.rsplit("/", 1)[1]}
+    told["parent"] = None if parent is None else model_digest(storage.read_manifest(parent, "model"))
+    run_json = {"kind": "run", "schema": 1, "code": "0", "algorithm": 3, **told}
+    storage.create_bytes(f"{run}/run.json", storage.to_json(run_json))
+    uri = f"{run}/published/step-{step:07}"
+    lineage = {"name": name, "step": step, **told}
+    curves = {"curve": [[step, 0.9]], "validation": [[step, 0.5 + number / 100, 0.1]]}
+    config = ModelConfig(unet, class_names=("cat", "dog"))
+    publish_model(uri, Publication(config, {0.1: weights}, lineage, curves, b"no picture"))
+    if finished:
+        storage.create_bytes(f"{run}/result.json", storage.to_json({"step": step}))
+    if age:
+        make_older(uri, age)
+    return uri
 
 
-def published(folder, config, weights):
-    lineage = {"kind": "train", "name": "tiny", "settings": {}, "dataset": "d", "dataset_digest": "0", "parent": None}
-    publish_model(str(folder), Publication(config, {0.1: weights}, lineage, {"curve": [], "validation": []}, None))
-    return str(folder)
+def make_older(uri, seconds):
+    """Let a thing on disk seem to have been published so many seconds earlier."""
+    then = storage.modified(f"{uri}/manifest.json") - seconds
+    os.utime(f"{uri}/manifest.json", (then, then))
 
 
-def export(model, to):
-    return exchange.run(ExportConfig(model=str(model), to=str(to))).uri
+def evaluate(store, model, figures, *, name="tiny", settings=SETTINGS, dataset="0"):
+    """URI of an evaluation of a model with these figures."""
+    digest = model_digest(storage.read_manifest(model, "model"))
+    manifest = {
+        "kind": "evaluation", "schema": 2, "code": "0", "settings": settings, "figures": figures, "pictures": {},
+        "model": {"uri": model, "digest": digest}, "dataset": {"uri": "/gone", "digest": dataset},
+    }  # fmt: skip
+    uri = f"{store}/evaluations/{name}/{identity('evaluate', 1, manifest, digest)}"
+    storage.publish(uri, manifest)
+    return uri
 
 
-def flip_a_bit(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+def figure(value, half=0.0):
+    """A figure with an interval of `half` on each side."""
+    return {"value": value, "low": value - half, "high": value + half, "count": 64}
