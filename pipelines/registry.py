@@ -206,7 +206,7 @@ def _judge(
         verdicts = gate.judge(config.rule, evaluation, live)
         failed = [verdict.told for verdict in verdicts if not verdict.passed]
         problem = f"{len(failed)} of {len(verdicts)} rules: {'; '.join(failed)}" if failed else ""
-    except PipelineError as error:
+    except GateError as error:
         problem = str(error)
     if problem and not config.force:
         refused = f"{config.model}: not promoted, refused by {problem}" if verdicts else problem

@@ -1,7 +1,7 @@
 import pytest
 
 from pipelines import config
-from pipelines.config import DemoConfig, GenerateConfig, IngestConfig, PipelineError, TrainConfig
+from pipelines.config import DemoConfig, GenerateConfig, IngestConfig, PipelineError, TraceConfig, TrainConfig
 
 
 def parse(kind, *flags):
@@ -41,6 +41,20 @@ def test_the_environment_takes_no_part(monkeypatch):
     monkeypatch.setenv("RESOLUTION", "99")
     monkeypatch.setenv("STORE", "elsewhere")
     assert parse(IngestConfig, "--source", "x") == IngestConfig(source=["x"])
+
+
+def test_what_is_traced_may_stand_first_without_its_flag():
+    for flags in (["/a/b", "--row", "3"], ["--row", "3", "--uri", "/a/b"]):
+        assert parse(TraceConfig, *flags) == TraceConfig(uri="/a/b", row=3)
+    with pytest.raises(PipelineError, match="--uri"):
+        parse(TraceConfig, "--row", "3")
+
+
+def test_flags_of_changed_values_are_enough():
+    settings = TrainConfig(dataset="/d", name="n", steps=7)
+    short = config.to_flags(settings, changed=True)
+    assert "--preset" not in short
+    assert parse(TrainConfig, *short) == settings
 
 
 def test_unknown_keys_are_errors():

@@ -1,4 +1,5 @@
 import re
+import shlex
 import subprocess
 from pathlib import Path
 from typing import get_args
@@ -28,7 +29,7 @@ def commands():
 
 @pytest.mark.parametrize("command", list(commands()))
 def test_every_command_that_is_shown_exists_with_its_settings(command):
-    words = [word.strip("'") for word in command.split()]
+    words = shlex.split(command)
     if words[0] == "make":
         targets = [word for word in words[1:] if "=" not in word]
         run = subprocess.run(["make", "--dry-run", *targets], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -123,7 +124,7 @@ def test_the_tree_in_the_readme_is_the_repository():
     shown = {name for name in shown if re.fullmatch(r"[\w./-]+", name)}
     for name in shown:
         assert (ROOT / name).exists(), f"{name} is in the README but not in the repository"
-    for package in ("diffusion_core", "pipelines", "pipelines/ingest", "pipelines/train"):
+    for package in ("diffusion_core", "pipelines", *(f"pipelines/{name}" for name in ("ingest", "lineage", "train"))):
         files = {f"{package}/{path.name}" for path in (ROOT / package).iterdir() if path.suffix in (".py", ".j2")}
         assert files - shown == {f"{package}/__init__.py"}
 

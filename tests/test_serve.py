@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import numpy as np
 import openai
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from test_worker import BOX, mask, picture
@@ -139,6 +140,15 @@ def test_bulk_through_the_service_has_the_same_bytes_as_through_actors(url, tmp_
         uri = bulk.run(job).uri
         shards.append([storage.read_part(uri, part) for part in storage.read_manifest(uri, "images")["parts"]])
     assert shards[0] == shards[1]
+
+
+def test_an_answer_of_the_service_and_a_row_of_bulk_are_the_same_file(client, tmp_path, tiny_model):
+    job = GenerateConfig(store=str(tmp_path), model=tiny_model, name="t", count=3, classes="cat", steps=3, seed=6)
+    uri = bulk.run(job).uri
+    (part,) = storage.read_manifest(uri, "images")["parts"]
+    rows = pq.read_table(io.BytesIO(storage.read_part(uri, part)))["image"].to_pylist()
+    answer = client.post("/v1/images/generations", json={"prompt": "cat", "n": 3, "seed": 6, "steps": 3}).json()
+    assert [base64.b64decode(item["b64_json"]) for item in answer["data"]] == [row["bytes"] for row in rows]
 
 
 def test_bulk_refuses_a_service_that_runs_another_model(url, tmp_path, tiny_model):

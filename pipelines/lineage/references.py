@@ -19,7 +19,7 @@ def reasons(contents: Contents, kept: Iterable[str] = ()) -> dict[str, str]:
     Models that were promoted stay, for a roll-back may go to them, unless they are retired.
     """
     why: dict[str, str] = {}
-    for uri, reason in (*_by_promotions(contents), *_by_images(contents)):
+    for uri, reason in (*_by_promotions(contents), *_by_images(contents), *_by_runs(contents)):
         why.setdefault(uri, reason)
     for model in [uri for uri in (*why, *kept) if uri in contents.models]:
         for uri, reason in _behind(contents, model):
@@ -49,6 +49,13 @@ def _by_images(contents: Contents) -> Iterator[tuple[str, str]]:
     for images, manifest in contents.images.items():
         for uri in contents.models_of(manifest["model"]["digest"]):
             yield uri, f"made the pictures of {images}"
+
+
+def _by_runs(contents: Contents) -> Iterator[tuple[str, str]]:
+    """The models that unfinished runs began with: they read them again when they go on."""
+    for run in contents.runs.values():
+        for uri in contents.models_of(run.told.get("parent")) if run.step is None else ():
+            yield uri, f"parent of the unfinished run {run.uri}"
 
 
 def _behind(contents: Contents, model: str) -> Iterator[tuple[str, str]]:

@@ -41,6 +41,8 @@ def run(config: TraceConfig) -> None:
     if store is None:
         raise PipelineError(f"{config.uri}: lies in no store, so say with --store where to look")
     contents, traced = read_contents(store), _open(config)
+    if (config.remake or config.row is not None) and not (traced and traced.records):
+        raise PipelineError(f"{config.uri}: no picture or set of pictures of ours, so --row and --remake do not apply")
     if traced is None:
         print_line("\n".join(_onwards(contents, config.uri)))
         return
@@ -50,8 +52,6 @@ def run(config: TraceConfig) -> None:
     print_line("\n".join([*traced.lines, *_back(contents, traced, model, config.sources)]))
     if not config.remake:
         return
-    if not traced.records:
-        raise PipelineError(f"{config.uri}: not a picture or set of pictures, so there is nothing to make again")
     if model is None:
         raise PipelineError(f"{config.uri}: its model {(traced.digest or '')[:12]} is not in {store}; give its --store")
     files = {"image": config.image, "mask": config.mask}

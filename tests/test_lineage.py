@@ -1,0 +1,328 @@
+import io
+import shlex
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import TINY
+from support.models import evaluate, figure, publish
+
+from pipelines import bulk, ingest, registry, storage, train
+from pipelines.__main__ import main
+from pipelines.cartoons import tar_shard
+from pipelines.config import GenerateConfig, IngestConfig, PromoteConfig, RetireConfig, TrainConfig, parse
+from pipelines.dataset import open_dataset
+from pipelines.images import from_png, png_texts, to_png
+from pipelines.jobs import STAGES
+from pipelines.lineage import referenced
+from pipelines.model import model_digest
+from pipelines.requests import ImageRequest, metadata, request_of
+from pipelines.worker import load_worker
+
+GOOD = {"frechet": figure(10.0, 1.0), "memorisation": 0.01}
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory, ray_session):
+    """A store with pictures of two shards, a dataset of both, a model of it, its child, and pictures by both."""
+    base = tmp_path_factory.mktemp("house")
+    (base / "shards").mkdir()
+    for number in range(2):
+        (base / f"shards/{number}.tar").write_bytes(tar_shard(0, number * 48, 48, 8))
+    store = str(base / "store")
+    dataset = ingest.run(
+        IngestConfig(store=store, name="tiny", source=[str(base / "shards")], resolution=8, heldout=0.2)
+    ).uri
+    model = trained(TrainConfig(store=store, dataset=dataset, **TINY))
+    child = trained(TrainConfig(store=store, dataset=dataset, parent=model, **{**TINY, "seed": 3}))
+    made = [
+        bulk.run(GenerateConfig(store=store, name="tiny", model=uri, count=10, shard_size=4, steps=3, seed=7)).uri
+        for uri in (model, child)
+    ]
+    return SimpleNamespace(
+        base=base, store=store, dataset=dataset, model=model, child=child, images=made[0], of_child=made[1]
+    )
+
+
+def trained(config):
+    train.train_on_rank(config, host=train.Host(emit=lambda _: None))
+    found = train.find(config)
+    assert found is not None
+    return found.uri
+
+
+def told(capsys, *arguments):
+    """What a command prints."""
+    assert main(list(map(str, arguments))) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def refused(capsys, *arguments):
+    """The one line that a command fails with."""
+    assert main(list(map(str, arguments))) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def commands(text):
+    """The commands in what was printed, each as its stage and its settings."""
+    lines = [line[line.index("python -m") :] for line in text.splitlines() if "python -m pipelines" in line]
+    words = [shlex.split(line)[3:] for line in lines]
+    return [(stage, parse(STAGES[stage].flags, stage, flags)) for stage, *flags in words]
+
+
+def row_of(images, number):
+    parts = storage.read_manifest(images, "images")["parts"]
+    rows = [row for part in parts for row in pq.read_table(io.BytesIO(storage.read_part(images, part))).to_pylist()]
+    return rows[number]
+
+
+def test_a_picture_leads_back_to_its_model_dataset_and_sources(house, capsys):
+    out = told(capsys, "trace", house.of_child, "--row", 5)
+    row = row_of(house.of_child, 5)
+    assert f"seed {row['seed']}" in out
+    assert f"made on device cpu, dtype float32, lanes 32, threads {storage_threads(house)}" in out
+    assert [line.split()[1] for line in out.splitlines() if line.startswith(("model ", "parent "))] == [
+        house.child,
+        house.model,
+    ]
+    assert f"dataset   {house.dataset}: 96 pictures" in out
+    for number in range(2):
+        shard = house.base / f"shards/{number}.tar"
+        assert f"{shard}  {shard.stat().st_size} bytes, version {shard.stat().st_mtime:.6f}" in out
+
+
+def storage_threads(house):
+    return storage.read_manifest(house.of_child, "images")["parts"][0]["numerics"]["threads"]
+
+
+def test_the_commands_that_are_told_make_the_very_things_again(house, capsys):
+    made = commands(told(capsys, "trace", house.of_child, "--row", 5))
+    assert [stage for stage, _ in made] == ["generate", "trace", "train", "train", "ingest"]
+    found = [find(config) for find, (_, config) in zip(finds(), made, strict=True) if find]
+    assert [outcome.uri for outcome in found] == [house.of_child, house.child, house.model, house.dataset]
+
+
+def finds():
+    return [bulk.find, None, train.find, train.find, ingest.find]
+
+
+def test_a_picture_made_again_has_the_same_bytes(house, capsys):
+    assert "remake: equal" in told(capsys, "trace", house.images, "--row", 9, "--remake")
+    assert "bytes of 10 pictures" in told(capsys, "trace", house.of_child, "--remake")
+
+
+def test_a_png_says_itself_what_made_it(house, tmp_path, capsys):
+    data = row_of(house.of_child, 5)["image"]["bytes"]
+    (tmp_path / "kept.png").write_bytes(data)
+    place = ("--store", house.store)
+    out = told(capsys, "trace", tmp_path / "kept.png", *place, "--remake")
+    assert house.child in out
+    assert f"remake: equal, {len(data)} bytes" in out
+    changed = from_png(data).copy()
+    changed[0, 0, 0] ^= 4
+    (tmp_path / "changed.png").write_bytes(to_png(changed, png_texts(data)))
+    out = told(capsys, "trace", tmp_path / "changed.png", *place, "--remake")
+    assert "1 of 192 values differ, by 4 at most" in out
+    assert "does not say on what device" in out
+    assert "lies in no store" in refused(capsys, "trace", tmp_path / "kept.png")
+
+
+def test_a_row_that_differs_on_the_same_kind_of_device_is_an_error(house, tmp_path, capsys):
+    store = tmp_path / "store"
+    shutil.copytree(house.images, store / "images/tiny/0123456789abcdef")
+    images = str(store / "images/tiny/0123456789abcdef")
+    manifest = storage.read_manifest(images, "images")
+    table = pq.read_table(io.BytesIO(storage.read_part(images, manifest["parts"][0]))).to_pydict()
+    table["seed"][1] += 1
+    part = {**manifest["parts"][0], **rewritten(images, table)}
+    storage.write_bytes(
+        f"{images}/manifest.json", storage.to_json({**manifest, "parts": [part, *manifest["parts"][1:]]})
+    )
+    assert main(["trace", images, "--store", house.store, "--row", "1", "--remake"]) == 1
+    assert "1 of 1 pictures differ, though made on the same kind of device" in capsys.readouterr().err
+
+
+def rewritten(images, table):
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(table), buffer)
+    return storage.put_part(images, "part-00000", ".parquet", buffer.getvalue())
+
+
+def test_an_edit_is_made_again_from_the_picture_that_was_edited(house, tmp_path, capsys):
+    worker = load_worker(house.model)
+    noisy = to_png(np.random.default_rng(0).integers(256, size=(8, 8, 3), dtype=np.uint8))
+    asked = ImageRequest(task="denoise", seed=5, image=noisy, noise_level=0.3, steps=2)
+    (tmp_path / "noisy.png").write_bytes(noisy)
+    made = to_png(worker.paint([asked])[0], metadata(asked, worker.model.digest))
+    (tmp_path / "denoised.png").write_bytes(made)
+    trace = ("trace", tmp_path / "denoised.png", "--store", house.store, "--remake")
+    assert storage.digest(noisy) in refused(capsys, *trace)
+    assert "remake: equal" in told(capsys, *trace, "--image", tmp_path / "noisy.png")
+
+
+def test_a_source_leads_to_all_that_it_went_into(house, capsys):
+    shard = f"{house.base}/shards/0.tar"
+    out = told(capsys, "trace", shard, "--store", house.store)
+    assert f"dataset   {house.dataset}: 48 of its pictures" in out
+    assert f"model     {house.model}\n" in out
+    assert f"model     {house.child} (child of {house.model})" in out
+    assert {line.split()[1].rstrip(":") for line in out.splitlines() if line.startswith("images")} == {
+        house.images,
+        house.of_child,
+    }
+    name = next(origin for origin in open_dataset(house.dataset).origins() if origin.startswith(shard))
+    assert "1 of its pictures" in told(capsys, "trace", name, "--store", house.store)
+    assert "no dataset of" in refused(capsys, "trace", f"{house.base}/shards/9.tar", "--store", house.store)
+
+
+def test_a_picture_that_a_table_named_leads_to_its_dataset(house, tmp_path, capsys):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(256, size=(8, 8, 3), dtype=np.uint8)
+        (pictures / f"{number}.png").write_bytes(to_png(pixels))
+    table = tmp_path / "table.csv"
+    table.write_text("uri\n" + "".join(f"pictures/{number}.png\n" for number in range(6)))
+    store = str(tmp_path / "store")
+    made = ingest.run(IngestConfig(store=store, name="named", source=[str(table)], resolution=8, heldout=0)).uri
+    assert f"dataset   {made}: 1 of its pictures" in told(capsys, "trace", pictures / "3.png", "--store", store)
+    assert f"dataset   {made}: 6 of its pictures" in told(capsys, "trace", table, "--store", store)
+
+
+def test_forgetting_is_planned_in_order_and_nothing_is_changed(house, capsys):
+    with_promotions(house)
+    before = {info.uri: info.version for info in storage.list_objects(house.store)}
+    shard = f"{house.base}/shards/0.tar"
+    out = told(capsys, "forget", shard, "--store", house.store)
+    assert {info.uri: info.version for info in storage.list_objects(house.store)} == before
+    lines = [line.strip() for line in out.splitlines() if "python -m pipelines" in line]
+    stages = [line.split()[3] for line in lines]
+    assert stages == ["ingest", "train", "train", "generate", "generate", "evaluate", "promote", "retire"]
+    first, second = lines[1:3]
+    assert "--dataset DATASET_1" in first
+    assert "--dataset DATASET_1" in second
+    assert "--parent" not in first
+    assert "--parent MODEL_1" in second
+    assert "--model MODEL_1" in lines[3]
+    assert f"MODEL_1  in place of {house.model.split('/published')[0]}" in out
+    assert "promote --model MODEL_1" in lines[6]
+    assert f"retire --model {house.model}" in lines[7]
+    last = out[out.index("last, delete") :]
+    assert all(uri in last for uri in (house.dataset, house.images, house.of_child))
+    assert "nothing to forget" in refused(capsys, "forget", "/elsewhere.png", "--store", house.store)
+
+
+def with_promotions(house):
+    """The model live, once."""
+    if registry.live_model(house.store, "tiny") is None:
+        evaluate(house.store, house.model, GOOD)
+        registry.promote(PromoteConfig(model=house.model, by="ada"))
+
+
+def test_following_the_plan_makes_a_dataset_without_the_source(house, tmp_path, capsys):
+    shard = house.base / "shards/0.tar"
+    out = told(capsys, "forget", shard, "--store", house.store)
+    stage, config = commands(next(line for line in out.splitlines() if "pipelines ingest" in line))[0]
+    assert stage == "ingest"
+    shard.rename(tmp_path / "aside.tar")
+    try:
+        fresh = ingest.run(config)
+        origins = set(open_dataset(fresh.uri).origins())
+        assert origins
+        assert not any(origin.startswith(str(shard)) for origin in origins)
+    finally:
+        (tmp_path / "aside.tar").rename(shard)
+        storage.remove_folder(fresh.uri)
+
+
+@pytest.fixture
+def old_models(tmp_path):
+    """A store with seven models of one name, the oldest first, an unfinished run's and a folder that is unknown."""
+    store = str(tmp_path / "store")
+    parent = publish(store, 1, age=700)
+    models = [parent, publish(store, 2, age=600, parent=parent)]
+    models += [publish(store, number, age=100 * (8 - number)) for number in range(3, 8)]
+    running = publish(store, 8, age=900, finished=False, parent=models[3])
+    for uri in (*models, running):
+        folder = uri.replace("/published/", "/checkpoints/")
+        storage.write_bytes(f"{folder}/manifest.json", b"{}")
+        storage.write_bytes(f"{folder}/shard.distcp", bytes(1000))
+    storage.write_bytes(f"{store}/models/tiny/notes/published/mine/weights.bin", b"mine")
+    return SimpleNamespace(store=store, models=models, running=running)
+
+
+def cleanup(capsys, store, *flags):
+    """What may go, as it is told."""
+    out = told(capsys, "cleanup", "--store", store, "--keep", "2", *flags)
+    lines = [line.split() for line in out.split("\nstays")[0].splitlines()]
+    return {words[0] for words in lines if words[1:] and words[1] in ("model", "checkpoint", "evaluation")}
+
+
+def test_a_cleanup_takes_what_nothing_refers_to_and_only_when_told_to(old_models, capsys):
+    store, models = old_models.store, old_models.models
+    judged = [evaluate(store, uri, {**GOOD, "kernel": number}) for number, uri in enumerate(models)]
+    registry.promote(PromoteConfig(model=models[1], by="ada"))
+    digest = model_digest(storage.read_manifest(models[2], "model"))
+    images = f"{store}/images/tiny/0123456789abcdef"
+    storage.publish(images, {"kind": "images", "rows": 0, "parts": [], "model": {"uri": models[2], "digest": digest}})
+    assert {models[0], models[1], models[2], judged[1], digest} <= referenced(store)
+    before = sorted(info.uri for info in storage.list_objects(store))
+    goes = cleanup(capsys, store)
+    checkpoints = {uri.replace("/published/", "/checkpoints/") for uri in models}
+    # 1 is 2's parent, 2 is live, 3 made pictures, 4 is the parent of an unfinished run, 6 and 7 are the newest
+    assert goes == {models[4], judged[4], *checkpoints}
+    assert cleanup(capsys, store, "--dry-run") == goes
+    assert sorted(info.uri for info in storage.list_objects(store)) == before
+    told(capsys, "cleanup", "--store", store, "--keep", "2", "--delete")
+    left = sorted(info.uri for info in storage.list_objects(store))
+    gone = [uri for uri in before if any(uri.startswith(f"{folder}/") for folder in goes)]
+    assert left == sorted(set(before) - set(gone) - {f"{models[4].split('/published')[0]}/result.json"})
+    assert cleanup(capsys, store) == set()
+
+
+def test_a_cleanup_says_why_the_rest_stays(old_models, capsys):
+    store, models = old_models.store, old_models.models
+    evaluate(store, models[1], GOOD)
+    registry.promote(PromoteConfig(model=models[1], by="ada"))
+    out = told(capsys, "cleanup", "--store", store, "--keep", "2")
+    reasons = {line.split("  ")[0].strip(): line for line in out.split("\nstays")[1].splitlines()}
+    for uri, why in (
+        (models[0], "parent of"), (models[1], "live as tiny"), (models[6], "among the newest"),
+        (old_models.running, "its run is not finished"),
+    ):  # fmt: skip
+        assert why in reasons[uri]
+    assert "0 things" in told(capsys, "cleanup", "--store", store, "--name", "other")
+
+
+def test_a_retired_model_may_go_although_it_was_promoted(old_models, capsys):
+    store, models = old_models.store, old_models.models
+    for number in (4, 5):
+        evaluate(store, models[number], GOOD)
+        registry.promote(PromoteConfig(model=models[number], by="ada"))
+    assert models[4] not in cleanup(capsys, store), "a roll-back may go to it"
+    registry.retire(RetireConfig(model=models[4], by="ada"))
+    assert models[4] in cleanup(capsys, store)
+
+
+def test_a_run_whose_model_was_cleaned_up_is_trained_again_and_not_found(house, tmp_path, capsys):
+    config = TrainConfig(store=str(tmp_path / "store"), dataset=house.dataset, **TINY)
+    first = trained(config)
+    newer = trained(config.model_copy(update={"seed": 9}))
+    told(capsys, "cleanup", "--store", config.store, "--keep", "1", "--delete")
+    assert train.find(config) is None
+    assert storage.is_published(newer)
+    assert trained(config) == first
+
+
+def test_the_names_of_a_request_and_back():
+    for asked in (
+        ImageRequest(seed=3, prompt="café", steps=7),
+        ImageRequest(seed=4, task="vary", parent=3, strength=0.5),
+    ):
+        texts = metadata(asked, "abc")
+        assert request_of(png_texts(to_png(np.zeros((2, 2, 3), np.uint8), texts))) == asked
