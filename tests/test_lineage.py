@@ -11,12 +11,18 @@ from conftest import TINY
 from support.models import evaluate, figure, publish
 
 from pipelines import bulk, ingest, registry, storage, train
-from pipelines.__main__ import main
-from pipelines.cartoons import tar_shard
-from pipelines.config import GenerateConfig, IngestConfig, PromoteConfig, RetireConfig, TrainConfig, parse
+from pipelines.config import (
+    GenerateConfig,
+    IngestConfig,
+    PipelineError,
+    PromoteConfig,
+    RetireConfig,
+    TrainConfig,
+    parse,
+)
 from pipelines.dataset import open_dataset
 from pipelines.images import from_png, png_texts, to_png
-from pipelines.jobs import STAGES
+from pipelines.jobs import STAGES, print_stage, settle
 from pipelines.lineage import referenced
 from pipelines.model import model_digest
 from pipelines.requests import ImageRequest, metadata, request_of
@@ -26,25 +32,17 @@ GOOD = {"frechet": figure(10.0, 1.0), "memorisation": 0.01}
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory, ray_session):
-    """A store with pictures of two shards, a dataset of both, a model of it, its child, and pictures by both."""
-    base = tmp_path_factory.mktemp("house")
-    (base / "shards").mkdir()
-    for number in range(2):
-        (base / f"shards/{number}.tar").write_bytes(tar_shard(0, number * 48, 48, 8))
-    store = str(base / "store")
-    dataset = ingest.run(
-        IngestConfig(store=store, name="tiny", source=[str(base / "shards")], resolution=8, heldout=0.2)
-    ).uri
+def house(tmp_path_factory, tiny_dataset, cartoon_shards):
+    """A store with a dataset of two shards, a model of it, its fine-tuned child, and pictures by the child."""
+    store = str(tmp_path_factory.mktemp("house") / "store")
+    dataset = tiny_dataset.replace(tiny_dataset.split("/datasets/")[0], store)
+    shutil.copytree(tiny_dataset, dataset)
     model = trained(TrainConfig(store=store, dataset=dataset, **TINY))
     child = trained(TrainConfig(store=store, dataset=dataset, parent=model, **{**TINY, "seed": 3}))
-    made = [
-        bulk.run(GenerateConfig(store=store, name="tiny", model=uri, count=10, shard_size=4, steps=3, seed=7)).uri
-        for uri in (model, child)
-    ]
-    return SimpleNamespace(
-        base=base, store=store, dataset=dataset, model=model, child=child, images=made[0], of_child=made[1]
-    )
+    images = bulk.run(
+        GenerateConfig(store=store, name="tiny", model=child, count=6, shard_size=4, steps=3, seed=7, workers=1)
+    ).uri
+    return SimpleNamespace(store=store, dataset=dataset, model=model, child=child, images=images, shards=cartoon_shards)
 
 
 def trained(config):
@@ -54,25 +52,26 @@ def trained(config):
     return found.uri
 
 
-def told(capsys, *arguments):
+def told(capsys, stage, *flags):
     """What a command prints."""
-    assert main(list(map(str, arguments))) == 0, capsys.readouterr().err
+    print_stage(stage, parse(STAGES[stage].flags, stage, list(map(str, flags))))
     return capsys.readouterr().out
 
 
-def refused(capsys, *arguments):
+def refused(stage, *flags):
     """The one line that a command fails with."""
-    assert main(list(map(str, arguments))) == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    return error
+    with pytest.raises(PipelineError) as raised:
+        print_stage(stage, parse(STAGES[stage].flags, stage, list(map(str, flags))))
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
 
 
 def commands(text):
     """The commands in what was printed, each as its stage and its settings."""
     lines = [line[line.index("python -m") :] for line in text.splitlines() if "python -m pipelines" in line]
     words = [shlex.split(line)[3:] for line in lines]
-    return [(stage, parse(STAGES[stage].flags, stage, flags)) for stage, *flags in words]
+    settings = [(stage, parse(STAGES[stage].flags, stage, flags)) for stage, *flags in words]
+    return [(stage, settle(config) if stage == "train" else config) for stage, config in settings]
 
 
 def row_of(images, number):
@@ -82,29 +81,26 @@ def row_of(images, number):
 
 
 def test_a_picture_leads_back_to_its_model_dataset_and_sources(house, capsys):
-    out = told(capsys, "trace", house.of_child, "--row", 5)
-    row = row_of(house.of_child, 5)
+    out = told(capsys, "trace", house.images, "--row", 5)
+    row = row_of(house.images, 5)
     assert f"seed {row['seed']}" in out
-    assert f"made on device cpu, dtype float32, lanes 32, threads {storage_threads(house)}" in out
+    numerics = storage.read_manifest(house.images, "images")["parts"][1]["numerics"]
+    assert f"made on device {numerics['device']}, dtype float32, lanes 32, threads {numerics['threads']}" in out
     assert [line.split()[1] for line in out.splitlines() if line.startswith(("model ", "parent "))] == [
         house.child,
         house.model,
     ]
     assert f"dataset   {house.dataset}: 96 pictures" in out
     for number in range(2):
-        shard = house.base / f"shards/{number}.tar"
+        shard = house.shards / f"cartoons-{number}.tar"
         assert f"{shard}  {shard.stat().st_size} bytes, version {shard.stat().st_mtime:.6f}" in out
 
 
-def storage_threads(house):
-    return storage.read_manifest(house.of_child, "images")["parts"][0]["numerics"]["threads"]
-
-
 def test_the_commands_that_are_told_make_the_very_things_again(house, capsys):
-    made = commands(told(capsys, "trace", house.of_child, "--row", 5))
+    made = commands(told(capsys, "trace", house.images, "--row", 5))
     assert [stage for stage, _ in made] == ["generate", "trace", "train", "train", "ingest"]
     found = [find(config) for find, (_, config) in zip(finds(), made, strict=True) if find]
-    assert [outcome.uri for outcome in found] == [house.of_child, house.child, house.model, house.dataset]
+    assert [outcome.uri for outcome in found] == [house.images, house.child, house.model, house.dataset]
 
 
 def finds():
@@ -112,12 +108,14 @@ def finds():
 
 
 def test_a_picture_made_again_has_the_same_bytes(house, capsys):
-    assert "remake: equal" in told(capsys, "trace", house.images, "--row", 9, "--remake")
-    assert "bytes of 10 pictures" in told(capsys, "trace", house.of_child, "--remake")
+    out = told(capsys, "trace", house.images, "--remake")
+    assert "remake: equal" in out
+    assert "bytes of 6 pictures" in out
+    assert "no row 6; there are 0 to 5" in refused("trace", house.images, "--row", 6)
 
 
 def test_a_png_says_itself_what_made_it(house, tmp_path, capsys):
-    data = row_of(house.of_child, 5)["image"]["bytes"]
+    data = row_of(house.images, 5)["image"]["bytes"]
     (tmp_path / "kept.png").write_bytes(data)
     place = ("--store", house.store)
     out = told(capsys, "trace", tmp_path / "kept.png", *place, "--remake")
@@ -129,10 +127,10 @@ def test_a_png_says_itself_what_made_it(house, tmp_path, capsys):
     out = told(capsys, "trace", tmp_path / "changed.png", *place, "--remake")
     assert "1 of 192 values differ, by 4 at most" in out
     assert "does not say on what device" in out
-    assert "lies in no store" in refused(capsys, "trace", tmp_path / "kept.png")
+    assert "lies in no store" in refused("trace", tmp_path / "kept.png")
 
 
-def test_a_row_that_differs_on_the_same_kind_of_device_is_an_error(house, tmp_path, capsys):
+def test_a_row_that_differs_on_the_same_kind_of_device_is_an_error(house, tmp_path):
     store = tmp_path / "store"
     shutil.copytree(house.images, store / "images/tiny/0123456789abcdef")
     images = str(store / "images/tiny/0123456789abcdef")
@@ -143,8 +141,8 @@ def test_a_row_that_differs_on_the_same_kind_of_device_is_an_error(house, tmp_pa
     storage.write_bytes(
         f"{images}/manifest.json", storage.to_json({**manifest, "parts": [part, *manifest["parts"][1:]]})
     )
-    assert main(["trace", images, "--store", house.store, "--row", "1", "--remake"]) == 1
-    assert "1 of 1 pictures differ, though made on the same kind of device" in capsys.readouterr().err
+    error = refused("trace", images, "--store", house.store, "--row", 1, "--remake")
+    assert "1 of 1 pictures differ, though made on the same kind of device" in error
 
 
 def rewritten(images, table):
@@ -161,23 +159,20 @@ def test_an_edit_is_made_again_from_the_picture_that_was_edited(house, tmp_path,
     made = to_png(worker.paint([asked])[0], metadata(asked, worker.model.digest))
     (tmp_path / "denoised.png").write_bytes(made)
     trace = ("trace", tmp_path / "denoised.png", "--store", house.store, "--remake")
-    assert storage.digest(noisy) in refused(capsys, *trace)
+    assert storage.digest(noisy) in refused(*trace)
     assert "remake: equal" in told(capsys, *trace, "--image", tmp_path / "noisy.png")
 
 
 def test_a_source_leads_to_all_that_it_went_into(house, capsys):
-    shard = f"{house.base}/shards/0.tar"
+    shard = f"{house.shards}/cartoons-0.tar"
     out = told(capsys, "trace", shard, "--store", house.store)
-    assert f"dataset   {house.dataset}: 48 of its pictures" in out
+    assert f"dataset   {house.dataset}: 48 of its 96 pictures" in out
     assert f"model     {house.model}\n" in out
     assert f"model     {house.child} (child of {house.model})" in out
-    assert {line.split()[1].rstrip(":") for line in out.splitlines() if line.startswith("images")} == {
-        house.images,
-        house.of_child,
-    }
+    assert f"images    {house.images}: 6 pictures" in out
     name = next(origin for origin in open_dataset(house.dataset).origins() if origin.startswith(shard))
-    assert "1 of its pictures" in told(capsys, "trace", name, "--store", house.store)
-    assert "no dataset of" in refused(capsys, "trace", f"{house.base}/shards/9.tar", "--store", house.store)
+    assert "1 of its 96 pictures" in told(capsys, "trace", name, "--store", house.store)
+    assert "no dataset of" in refused("trace", f"{house.shards}/cartoons-9.tar", "--store", house.store)
 
 
 def test_a_picture_that_a_table_named_leads_to_its_dataset(house, tmp_path, capsys):
@@ -190,54 +185,55 @@ def test_a_picture_that_a_table_named_leads_to_its_dataset(house, tmp_path, caps
     table.write_text("uri\n" + "".join(f"pictures/{number}.png\n" for number in range(6)))
     store = str(tmp_path / "store")
     made = ingest.run(IngestConfig(store=store, name="named", source=[str(table)], resolution=8, heldout=0)).uri
-    assert f"dataset   {made}: 1 of its pictures" in told(capsys, "trace", pictures / "3.png", "--store", store)
-    assert f"dataset   {made}: 6 of its pictures" in told(capsys, "trace", table, "--store", store)
+    assert f"dataset   {made}: 1 of its 6 pictures" in told(capsys, "trace", pictures / "3.png", "--store", store)
+    assert f"dataset   {made}: pictures that it names" in told(capsys, "trace", table, "--store", store)
 
 
 def test_forgetting_is_planned_in_order_and_nothing_is_changed(house, capsys):
     with_promotions(house)
     before = {info.uri: info.version for info in storage.list_objects(house.store)}
-    shard = f"{house.base}/shards/0.tar"
+    shard = f"{house.shards}/cartoons-0.tar"
     out = told(capsys, "forget", shard, "--store", house.store)
     assert {info.uri: info.version for info in storage.list_objects(house.store)} == before
     lines = [line.strip() for line in out.splitlines() if "python -m pipelines" in line]
     stages = [line.split()[3] for line in lines]
-    assert stages == ["ingest", "train", "train", "generate", "generate", "evaluate", "promote", "retire"]
+    assert stages == ["ingest", "train", "train", "generate", "evaluate", "promote", "retire"]
     first, second = lines[1:3]
     assert "--dataset DATASET_1" in first
     assert "--dataset DATASET_1" in second
     assert "--parent" not in first
     assert "--parent MODEL_1" in second
-    assert "--model MODEL_1" in lines[3]
+    assert "--model MODEL_2" in lines[3]
     assert f"MODEL_1  in place of {house.model.split('/published')[0]}" in out
-    assert "promote --model MODEL_1" in lines[6]
-    assert f"retire --model {house.model}" in lines[7]
+    assert "--model MODEL_1" in lines[4]
+    assert "--samples 128" in lines[4], "judged as it was judged"
+    assert " promote --model MODEL_1" in lines[5]
+    assert f"retire --model {house.model}" in lines[6]
     last = out[out.index("last, delete") :]
-    assert all(uri in last for uri in (house.dataset, house.images, house.of_child))
-    assert "nothing to forget" in refused(capsys, "forget", "/elsewhere.png", "--store", house.store)
+    assert all(uri in last for uri in (house.dataset, house.images, house.model.split("/published")[0]))
+    assert "nothing to forget" in refused("forget", "/elsewhere.png", "--store", house.store)
 
 
 def with_promotions(house):
     """The model live, once."""
     if registry.live_model(house.store, "tiny") is None:
-        evaluate(house.store, house.model, GOOD)
+        evaluate(house.store, house.model, GOOD, settings={"samples": 128, "name": "tiny"})
         registry.promote(PromoteConfig(model=house.model, by="ada"))
 
 
 def test_following_the_plan_makes_a_dataset_without_the_source(house, tmp_path, capsys):
-    shard = house.base / "shards/0.tar"
+    shard = house.shards / "cartoons-0.tar"
     out = told(capsys, "forget", shard, "--store", house.store)
     stage, config = commands(next(line for line in out.splitlines() if "pipelines ingest" in line))[0]
     assert stage == "ingest"
+    elsewhere = config.model_copy(update={"store": str(tmp_path / "store")})
     shard.rename(tmp_path / "aside.tar")
     try:
-        fresh = ingest.run(config)
-        origins = set(open_dataset(fresh.uri).origins())
-        assert origins
-        assert not any(origin.startswith(str(shard)) for origin in origins)
+        origins = set(open_dataset(ingest.run(elsewhere).uri).origins())
     finally:
         (tmp_path / "aside.tar").rename(shard)
-        storage.remove_folder(fresh.uri)
+    assert len(origins) == 48
+    assert not any(origin.startswith(str(shard)) for origin in origins)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import pytest
 from support.models import SETTINGS, evaluate, figure, make_older, publish
 
 from pipelines import registry, storage
-from pipelines.__main__ import main
 from pipelines.config import (
     EvaluateConfig,
     ModelsConfig,
@@ -84,12 +83,10 @@ def test_a_rule_is_met_by_the_figure_of_the_candidate(rule, passes):
 @pytest.mark.parametrize(
     "rule", ["frechet", "frechet = 3", "frechet <= three", "frechet <= live * 2", "3 <= frechet", "a <= live + 0.1", ""]
 )
-def test_what_is_no_rule_is_refused_in_one_line_that_names_the_flag(rule, capsys):
-    assert main(["promote", "--model", "/m", "--rule", rule]) == 1
-    told = capsys.readouterr().err
-    assert "--rule" in told
-    assert "need FIGURE OP VALUE" in told
-    assert told.count("\n") == 1
+def test_what_is_no_rule_is_refused_in_one_line_that_names_the_flag(rule):
+    with pytest.raises(PipelineError, match=r"--rule.*: .*need FIGURE OP VALUE") as raised:
+        parse(PromoteConfig, "promote", ["--model", "/m", "--rule", rule])
+    assert "\n" not in str(raised.value)
 
 
 def test_a_figure_that_is_not_there_is_an_error_that_lists_those_that_are():
@@ -138,12 +135,13 @@ def test_a_model_that_fails_a_rule_is_refused_with_the_figures(tmp_path):
     assert live(tmp_path) == (2, worse)
 
 
-def test_force_says_who_why_and_what_was_passed_over(tmp_path, capsys):
+def test_force_says_who_why_and_what_was_passed_over(tmp_path):
     promote(good_model(tmp_path, 1))
     worse = good_model(tmp_path, 2, memorisation=0.2)
-    assert main(["promote", "--model", worse, "--force"]) == 1
-    assert "--force needs --reason" in capsys.readouterr().err
-    assert main(["promote", "--model", worse, "--force", "--reason", "a demo", "--by", "bob"]) == 0
+    flags = ["--model", worse, "--force"]
+    with pytest.raises(PipelineError, match="--force needs --reason"):
+        parse(PromoteConfig, "promote", flags)
+    registry.promote(parse(PromoteConfig, "promote", [*flags, "--reason", "a demo", "--by", "bob"]))
     entry = entries(tmp_path)[-1]
     assert (entry["by"], entry["reason"], entry["forced"], entry["gate"]["passed"]) == ("bob", "a demo", True, False)
     assert "memorisation <= 0.1: fails with 0.2" in entry["gate"]["problem"]
@@ -282,12 +280,12 @@ def test_the_list_shows_steps_loss_promotions_and_what_is_live(tmp_path, capsys)
     one, two = good_model(tmp_path, 1), good_model(tmp_path, 2)
     promote(one)
     promote(two)
-    assert main(["models", "--store", str(tmp_path), "--name", "tiny"]) == 0
+    registry.show(ModelsConfig(store=str(tmp_path), name="tiny"))
     told = capsys.readouterr().out
     assert f"2 models of tiny in {tmp_path}; {two} is live by entry 2" in told
     (row,) = (line.split() for line in told.splitlines() if line.startswith(f"{2:016x}/step-0000003  live"))
     assert row[1:5] == ["live", "2", "3", "0.5200"]
-    assert main(["models", "--model", one, "--store", str(tmp_path)]) == 0
+    registry.show(ModelsConfig(model=one))
     whole = capsys.readouterr().out
     assert '"by": "ada"' in whole
     assert '"heldout_loss": 0.51' in whole

@@ -43,8 +43,10 @@ class _Steps:
         told = self.contents.runs[uri].told
         if uri in self.names:
             return
-        again = {"dataset": told["dataset"], "store": self.contents.store, "name": uri.split("/")[-2]}
-        self.dataset(told["dataset"])
+        here = [each for each in self.spread.datasets if each.rsplit("/", 1)[1] == told["dataset_digest"]]
+        dataset = here[0] if here else told["dataset"]
+        again = {"dataset": dataset, "store": self.contents.store, "name": uri.split("/")[-2]}
+        self.dataset(dataset)
         for parent in self.contents.models_of(told["parent"])[:1]:
             self.model(parent)
             again["parent"] = parent
@@ -52,19 +54,22 @@ class _Steps:
 
     def model(self, uri: str) -> None:
         """A model is what its run makes; other steps of that run come out of the same command."""
-        if uri in self.spread.models and run_of(uri) in self.contents.runs:
+        if uri not in self.spread.models or uri in self.names:
+            return
+        if run_of(uri) in self.contents.runs:
             self.run(run_of(uri))
             self.names[uri] = self.names[run_of(uri)]
+        else:
+            self._put("MODEL", uri, "of no run that is known here: train it anew as it was trained")
 
     def images(self, uri: str) -> None:
         """Put down how to make an image set anew; and first its model."""
         if uri in self.names:
             return
         manifest = self.contents.images[uri]
-        for model in self.contents.models_of(manifest["model"]["digest"]):
-            self.model(model)
-        self.names.setdefault(manifest["model"]["uri"], "MODEL")
-        again = {"model": manifest["model"]["uri"], "store": self.contents.store, "name": manifest["name"]}
+        model = self.contents.models_of(manifest["model"]["digest"])[0]
+        self.model(model)
+        again = {"model": model, "store": self.contents.store, "name": manifest["name"]}
         self._put("IMAGES", uri, command("generate", GenerateConfig, manifest["settings"], self.names, **again))
 
     def _put(self, kind: str, uri: str, words: str) -> None:
@@ -114,9 +119,7 @@ def _first(spread: Spread, source: str) -> Iterator[str]:
     shard, mark, name = source.rpartition("#")
     yield f"first, {f'write {shard} anew without {name}' if mark else f'delete {source}, or move it away'};"
     yield "  a table that names it must lose that row"
-    for uri, count in spread.datasets.items():
-        told = f"{count} of its pictures" if count else "none of its pictures, which were rejected or duplicates"
-        yield f"  {uri} has {told}"
+    yield from (f"  {uri} has of it: {part}" for uri, part in spread.datasets.items())
     yield "then, in this order (each command prints last what stands for its name below):"
 
 
@@ -124,14 +127,14 @@ def _promotions(contents: Contents, steps: _Steps) -> Iterator[str]:
     """What to promote in place of what is live, and what no roll-back may go to any more."""
     affected = {contents.digests[uri] for uri in steps.spread.models}
     for name, head in contents.live().items():
-        model = head["model"]["uri"]
         if head["model"]["digest"] in affected:
+            model = contents.models_of(head["model"]["digest"])[0]
             steps.model(model)
             place = ["--store", contents.store, "--name", name]
             yield ""
             yield f"promotion {head['number']} of {name} is live with {model}"
-            yield f"  {_evaluate(contents, steps, head, name)}"
-            yield f"  {_words('promote', '--model', steps.names.get(model, 'MODEL'), *place)}"
+            yield f"  {_evaluate(steps, model, head, name)}"
+            yield f"  {_words('promote', '--model', steps.names[model], *place)}"
     for name, entries in contents.promotions.items():
         promoted = {entry["model"]["digest"]: entry["model"]["uri"] for entry in entries if entry["model"]}
         for digest, uri in promoted.items():
@@ -140,16 +143,12 @@ def _promotions(contents: Contents, steps: _Steps) -> Iterator[str]:
                 yield f"  {_words('retire', '--model', uri, *place, '--reason', f'made of {steps.source}')}"
 
 
-def _evaluate(contents: Contents, steps: _Steps, head: Entry, name: str) -> str:
-    """The command that judges the new model as the old one was judged."""
-    model, kept = head["model"]["uri"], head["evaluation"]
-    place = {
-        "model": model,
-        "dataset": head["lineage"].get("dataset", "DATASET"),
-        "store": contents.store,
-        "name": name,
-    }
-    return command("evaluate", EvaluateConfig, kept["settings"] if kept else {}, steps.names, **place)
+def _evaluate(steps: _Steps, model: str, head: Entry, name: str) -> str:
+    """The command that judges the new model as the live one was judged."""
+    kept, dataset = head["evaluation"], steps.contents.dataset_of(model)
+    settings = {key: value for key, value in (kept or {"settings": {}})["settings"].items() if key != "name"}
+    place = {"model": model, "dataset": dataset.uri if dataset else "DATASET", "store": steps.contents.store}
+    return command("evaluate", EvaluateConfig, settings, steps.names, **place, name=name)
 
 
 def _words(*words: str) -> str:

@@ -5,14 +5,15 @@ from dataclasses import dataclass, field
 from pipelines.lineage.contents import Contents
 
 # Pictures that these name lie elsewhere, and are not among a dataset's objects themselves.
-_NAMING = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+_TABLES = (".jsonl", ".ndjson", ".csv", ".tsv")
+_NAMING = (*_TABLES, ".parquet")
 
 
 @dataclass
 class Spread:
-    """What a source has a part in, by URI; of a dataset, how many of its pictures come from it."""
+    """What a source has a part in, by URI; of a dataset, in words, which part."""
 
-    datasets: dict[str, int] = field(default_factory=dict)
+    datasets: dict[str, str] = field(default_factory=dict)
     runs: list[str] = field(default_factory=list)
     models: list[str] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
@@ -29,8 +30,8 @@ def spread_of(contents: Contents, source: str) -> Spread:
     while True:
         before = len(spread)
         for uri in contents.datasets:
-            if uri not in spread.datasets and (count := _pictures(contents, uri, source, spread.images)) is not None:
-                spread.datasets[uri] = count
+            if uri not in spread.datasets and (part := _part(contents, uri, source, spread.images)):
+                spread.datasets[uri] = part
         _follow(contents, spread)
         if len(spread) == before:
             return spread
@@ -52,22 +53,23 @@ def _follow(contents: Contents, spread: Spread) -> None:
         found += [uri for uri in made if uri not in found]
 
 
-def _pictures(contents: Contents, dataset: str, source: str, images: list[str]) -> int | None:
-    """How many pictures of a dataset come from a source or from affected image sets; None where it was read from none.
+def _part(contents: Contents, dataset: str, source: str, images: list[str]) -> str:
+    """Which part of a dataset comes from a source or from affected image sets, in words; empty where none does.
 
-    A source is an object, or one picture in a shard: `SHARD#NAME`. 0 is told where all its pictures were rejected, or
-    were duplicates of others.
+    A source is an object, or one picture in a shard: `SHARD#NAME`.
     """
     opened = contents.open(dataset)
     objects = {info.uri for info in opened.sources()}
-    reached = {uri for uri in objects if any(uri.startswith(f"{folder}/") for folder in images)}
-    reached |= {source, source.rpartition("#")[0]} & objects
-    named = any(uri.lower().endswith(_NAMING) for uri in objects)
-    if not reached and not named:
-        return None
-    wholes = reached - ({source.rpartition("#")[0]} if source not in objects else set())
+    wholes = {uri for uri in objects if uri == source or any(uri.startswith(f"{folder}/") for folder in images)}
+    inside = source not in objects and source.rpartition("#")[0] in objects
+    if not (wholes or inside or any(uri.lower().endswith(_NAMING) for uri in objects)):
+        return ""
     count = sum(origin == source or _object(origin, objects) in wholes for origin in opened.origins())
-    return count if reached or count else None
+    if count:
+        return f"{count} of its {opened.manifest['counts']['kept']} pictures"
+    if source in wholes and source.lower().endswith(_TABLES):
+        return "pictures that it names"
+    return "none of its pictures: they were rejected, or duplicates of others" if wholes or inside else ""
 
 
 def _object(origin: str, objects: set[str]) -> str:

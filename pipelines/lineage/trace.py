@@ -198,7 +198,7 @@ def _onwards(contents: Contents, uri: str) -> list[str]:
             f"{uri}: no dataset of {contents.store} was read from it, and it is no picture, model or dataset of ours"
         )
     lines = [f"source    {uri}"]
-    lines += [f"dataset   {dataset}: {count} of its pictures" for dataset, count in spread.datasets.items()]
+    lines += [f"dataset   {dataset}: {part}" for dataset, part in spread.datasets.items()]
     done = {run_of(model) for model in spread.models}
     lines += [f"run       {run}: no model yet" for run in spread.runs if run not in done]
     live = {head["model"]["digest"]: name for name, head in contents.live().items()}
