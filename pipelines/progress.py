@@ -4,7 +4,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,11 +60,13 @@ class Progress:
         return "  ".join([*parts, *([figures] if figures else []), f"ETA {duration(left)}"])
 
 
-def aligned(rows: list[list[str]]) -> list[str]:
-    """Rows of a table as lines with columns under one another, the first to the left and the others to the right."""
+def aligned(rows: list[list[str]], left: Container[int] = (0,)) -> list[str]:
+    """Rows of a table as lines with columns under one another, those of the numbers `left` to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  ".join(cell.rjust(width) if number else cell.ljust(width) for number, (cell, width) in enumerate(cells))
+        "  ".join(
+            cell.ljust(width) if number in left else cell.rjust(width) for number, (cell, width) in enumerate(cells)
+        ).rstrip()
         for cells in (zip(row, widths, strict=True) for row in rows)
     ]
 

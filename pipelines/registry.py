@@ -22,6 +22,7 @@ _ENTRY = re.compile(r"/(\d{6})\.json$")
 _IN_STORE = re.compile(r"(?P<store>.+)/models/(?P<name>[^/]+)/.+")
 # What an entry says of the live model; a retirement carries it on as it was.
 _OF_LIVE = ("model", "lineage", "evaluation", "gate", "forced", "promoted")
+_LOG_HEAD = ["entry", "time", "by", "what", "model", "gate", "reason"]
 _NOTHING: Entry = {"number": 0, "retired": [], **dict.fromkeys(_OF_LIVE)}
 
 
@@ -321,9 +322,12 @@ def _listing(store: str, name: str) -> list[str]:
     rows = [["model", "live", "promotions", "steps", "held-out loss", "published", "retired"]]
     rows += [_row(log, uri) for uri in reversed(models)]
     live = f"{log.live.uri} is live by entry {log.live.number}" if log.live else "none is live"
-    told = [f"{len(models)} models of {name} in {log.store}; {live}", "", *aligned(rows)]
+    told = [f"{len(models)} models of {name} in {log.store}; {live}", "", *aligned(rows, left=(0, 1, 2, 5, 6))]
     if log.entries:
-        told += ["", *aligned([["entry", "time", "by", "", "model", "gate"], *map(_entry_row, log.entries)])]
+        told += [
+            "",
+            *aligned([_LOG_HEAD, *map(_entry_row, log.entries)], left=range(1, 7)),
+        ]
     return told
 
 
@@ -348,7 +352,8 @@ def _entry_row(entry: Entry) -> list[str]:
     judged = entry["action"] == "promote"
     verdict = ("forced" if entry["forced"] else "passed") if judged else ""
     when = entry["time"][:16].replace("T", " ")
-    return [str(entry["number"]), when, entry["by"], entry["action"], _short(entry["subject"]["uri"]), verdict]
+    model = _short(entry["subject"]["uri"])
+    return [str(entry["number"]), when, entry["by"], entry["action"], model, verdict, entry["reason"]]
 
 
 def _whole(log: Log, uri: str) -> dict[str, Any]:

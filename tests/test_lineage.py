@@ -202,12 +202,12 @@ def test_forgetting_is_planned_in_order_and_nothing_is_changed(house, capsys):
     assert "--dataset DATASET_1" in first
     assert "--dataset DATASET_1" in second
     assert "--parent" not in first
-    assert "--parent MODEL_1" in second
-    assert "--model MODEL_2" in lines[3]
+    assert "--parent MODEL_1 --dataset DATASET_1" in second
+    assert lines[3].endswith("--model MODEL_2")
     assert f"MODEL_1  in place of {house.model.split('/published')[0]}" in out
-    assert "--model MODEL_1" in lines[4]
+    assert lines[4].endswith("--model MODEL_1")
     assert "--samples 128" in lines[4], "judged as it was judged"
-    assert " promote --model MODEL_1" in lines[5]
+    assert " promote --model MODEL_1 " in lines[5]
     assert f"retire --model {house.model}" in lines[6]
     last = out[out.index("last, delete") :]
     assert all(uri in last for uri in (house.dataset, house.images, house.model.split("/published")[0]))

@@ -128,10 +128,10 @@ def _told(plan: Plan, config: CleanupConfig) -> Iterator[str]:
     yield f"{len(plan.goes)} things with {total} bytes {'go' if config.delete else 'would go'} of {config.store}"
     if plan.goes:
         rows = [[item.uri, item.kind, str(item.bytes), item.why] for item in plan.goes]
-        yield from aligned([["goes", "", "bytes", "why"], *rows])
+        yield from aligned([["goes", "", "bytes", "why"], *rows], left=(0, 1, 3))
     if plan.stays:
         yield ""
-        yield from aligned([["stays", "why"], *map(list, plan.stays.items())])
+        yield from aligned([["stays", "why"], *map(list, plan.stays.items())], left=(0, 1))
     if plan.goes and not config.delete:
         yield ""
         yield "nothing was deleted; give --delete for that"

@@ -135,8 +135,8 @@ def command(
 
 
 def _renamed(word: str, names: dict[str, str]) -> str:
-    """A URI, or one below it, by the name that stands for it."""
-    inside = next((uri for uri in names if f"{word}/".startswith(f"{uri}/")), None)
+    """A URI, or one below it, by the name that stands for it; of several the nearest."""
+    inside = max((uri for uri in names if f"{word}/".startswith(f"{uri}/")), key=len, default=None)
     return word if inside is None else names[inside] + word.removeprefix(inside)
 
 
