@@ -19,6 +19,7 @@ from pipelines.config import (
     Outcome,
     PipelineConfig,
     PipelineError,
+    PromoteConfig,
     ServeConfig,
     Settings,
     TrainConfig,
@@ -38,8 +39,14 @@ def demo(config: DemoConfig) -> Result:
 
 @flow(flow_run_name="{config.name}", validate_parameters=True)
 def pipeline(config: PipelineConfig) -> Result:
-    """Ingest → train → serve → generate → evaluate → report; returns the report's URI."""
+    """Ingest → train → serve → generate → evaluate → promote → report; returns the report's URI."""
     return told(lambda: run_pipeline(config, Clock()))
+
+
+@flow(flow_run_name="{config.name}", validate_parameters=True)
+def evaluate(config: EvaluateConfig) -> Result:
+    """Measure a model; returns the evaluation's URI."""
+    return told(lambda: Clock().time("evaluate", config))
 
 
 def draw_and_run(config: DemoConfig) -> str:
@@ -65,8 +72,15 @@ def run_pipeline(config: PipelineConfig, clock: "Clock") -> str:
     images = clock.time("generate", generation.model_copy(update=via), config.cluster)
     judging = judging.model_copy(update={"images": images, "url": url})
     evaluation = clock.time("evaluate", judging, config.cluster)
+    promotion = value_of(promote(promotion_of(config, model, evaluation), return_state=True))
     uris = {"ingest": dataset, "train": model, "generate": images, "evaluate": evaluation}
-    return str(value_of(report(uris, clock.seconds, config, return_state=True)))
+    return str(value_of(report(uris, clock.seconds, promotion, config, return_state=True)))
+
+
+def promotion_of(config: PipelineConfig, model: str, evaluation: str) -> PromoteConfig:
+    """The promotion of a model that the pipeline has just judged."""
+    return narrow(config.promote, PromoteConfig, model=model, evaluation=evaluation, store=config.store,
+                  name=config.name)  # fmt: skip
 
 
 def is_done(generation: GenerateConfig, judging: EvaluateConfig) -> bool:
@@ -96,13 +110,24 @@ def serve(config: ServeConfig) -> Result:
     return told(lambda: start(config))
 
 
+@task(task_run_name="promote")
+def promote(config: PromoteConfig) -> dict[str, Any] | State[Any]:
+    """Make the model live where its evaluation passes the gate; what became of it, in words."""
+    from pipelines.registry import promote_or_tell
+
+    return told(lambda: promote_or_tell(config))
+
+
 @task(task_run_name="report")
-def report(uris: dict[str, str], seconds: dict[str, float], config: PipelineConfig) -> Result:
+def report(
+    uris: dict[str, str], seconds: dict[str, float], promotion: dict[str, Any], config: PipelineConfig
+) -> Result:
     """The page that shows what came out."""
     from pipelines.report import collect, write_report
     from pipelines.storage import normalise
 
-    return told(lambda: write_report(normalise(config.store), collect(uris, seconds, config.model_dump(mode="json"))))
+    settings = config.model_dump(mode="json")
+    return told(lambda: write_report(normalise(config.store), collect(uris, seconds, promotion, settings)))
 
 
 class Clock:
@@ -145,7 +170,9 @@ def value_of(state: State[Any]) -> Any:
         raise PipelineError(str(error)) from error
 
 
-FLOWS: dict[str, tuple[Any, type[Settings]]] = {"demo": (demo, DemoConfig), "pipeline": (pipeline, PipelineConfig)}
+FLOWS: dict[str, tuple[Any, type[Settings]]] = {
+    "demo": (demo, DemoConfig), "pipeline": (pipeline, PipelineConfig), "evaluate": (evaluate, EvaluateConfig),
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str]) -> int:

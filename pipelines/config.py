@@ -529,17 +529,22 @@ class ModelsConfig(Place):
     model: Uri | None = Field(None, description="URI of a published model to show whole")
 
 
-class PromoteConfig(ModelPlace):
-    """Make a model the live one of its name, where its evaluation passes the rules."""
+class GateOptions(Settings):
+    """What an evaluation must meet before its model goes live."""
 
-    evaluation: Uri | None = Field(
-        None, description="URI of the evaluation to judge by; default: the newest of this model"
-    )
     rule: list[Rule] = Field(
         ["frechet <= live + interval", "memorisation <= 0.1", "?class_accuracy >= 0.5"],
         min_length=1,
         description="what the figures must meet, as 'frechet <= live + interval'; give the flag again for more; a ? in "
         "front: only where there is such a figure",
+    )
+
+
+class PromoteConfig(GateOptions, ModelPlace):
+    """Make a model the live one of its name, where its evaluation passes the rules."""
+
+    evaluation: Uri | None = Field(
+        None, description="URI of the evaluation to judge by; default: the newest of this model"
     )
     force: bool = Field(False, description="promote whatever the rules say; needs --reason")
 
@@ -605,6 +610,7 @@ class PipelineOptions(Settings):
 
     train: TrainOptions = Field(TrainOptions(), description="training")
     evaluate: EvaluateOptions = Field(EvaluateOptions(), description="evaluation")
+    promote: GateOptions = Field(GateOptions(), description="the gate before promotion")
     generate: GenerateOptions = Field(GenerateOptions(), description="bulk generation")
     cluster: Annotated[str | None, How()] = Field(
         None, description="address of a Ray cluster's job server, http://HOST:8265"
@@ -615,8 +621,22 @@ class PipelineConfig(PipelineOptions, IngestOptions, Place):
     """Ingest pictures, train a model on them, evaluate it and generate with it."""
 
 
+class DemoEvaluateOptions(EvaluateOptions):
+    """What the demo measures: less, so that it ends soon."""
+
+    samples: int = Field(256, ge=2, description="pictures generated over all classes")
+    curve_samples: int = Field(64, ge=0, description="pictures by every sampler and number of steps; 0 for none")
+    curve_steps: list[Annotated[int, Field(ge=1, le=1000)]] = Field(
+        [5, 8, 18], min_length=1, description="denoiser calls a picture"
+    )
+    likelihood: int = Field(8, ge=0, description="held-out pictures whose bits per dimension are taken; 0 for none")
+    likelihood_steps: int = Field(8, ge=2, description="steps of the solver for it, four denoiser calls each")
+
+
 class DemoConfig(PipelineOptions, Place):
     """Draw cartoons, then run the whole pipeline on them."""
+
+    evaluate: DemoEvaluateOptions = Field(DemoEvaluateOptions(), description="evaluation")
 
     resolution: int = Field(32, ge=8, le=1024, description="height and width in pixels")
     draw: DrawOptions = Field(DrawOptions(), description="cartoons")

@@ -145,6 +145,18 @@ def promote(config: PromoteConfig) -> None:
     print_line(f"promote: {config.model} is live by promotion {entry['number']} of {log.name}, by {entry['by']}{told}")
 
 
+def promote_or_tell(config: PromoteConfig) -> dict[str, Any]:
+    """Promote where the rules allow; whether the model is live now, and the reasons in words, for a report."""
+    try:
+        promote(config)
+    except GateError as error:
+        print_line(f"promote: {error}")
+        return {"live": False, "told": str(error), "rules": []}
+    log, _, _ = _open(config)
+    rules = [rule["told"] for rule in (log.head["gate"] or {}).get("rules", [])]
+    return {"live": True, "told": f"live by promotion {log.head['number']} of {log.name}", "rules": rules}
+
+
 def roll_back(config: RollbackConfig) -> None:
     """Make live again what was live before, by an entry of its own. Raises PipelineError where nothing was."""
     log = read_log(config.store, config.name)

@@ -53,14 +53,16 @@ def loss_curve(curve: list[list[float]], validation: Sequence[list[float]] = (),
     return buffer.getvalue()
 
 
-def collect(uris: dict[str, str], seconds: dict[str, float], settings: dict[str, Any]) -> dict[str, Any]:
+def collect(
+    uris: dict[str, str], seconds: dict[str, float], promotion: dict[str, Any], settings: dict[str, Any]
+) -> dict[str, Any]:
     """All figures of a pipeline's run, from the manifests that its stages left. `uris` names each stage's result."""
     dataset = storage.read_manifest(uris["ingest"], "dataset")
     model = storage.read_manifest(uris["train"], "model")
     evaluation = storage.read_manifest(uris["evaluate"], "evaluation")
     images = storage.read_manifest(uris["generate"], "images")
     return {
-        "name": dataset["name"], "uris": uris, "seconds": seconds, "settings": settings,
+        "name": dataset["name"], "uris": uris, "seconds": seconds, "promotion": promotion, "settings": settings,
         "dataset": {key: dataset[key] for key in ("counts", "reasons", "classes", "resolution", "mean", "sigma_data")},
         "rows": {split: sum(shard["rows"] for shard in shards) for split, shards in dataset["shards"].items()},
         "training": {"settings": model["lineage"]["settings"], "curves": json.loads(

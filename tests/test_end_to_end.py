@@ -10,7 +10,8 @@ SETTINGS = {
     "resolution": 8, "draw.count": 96, "draw.shard-size": 48, "train.preset": "tiny", "train.steps": 20,
     "train.global-batch-size": 16, "train.workers": 1, "generate.count": 20, "generate.shard-size": 8,
     "generate.steps": 3, "evaluate.samples": 8, "evaluate.edits": 4, "evaluate.steps": 3,
-    "evaluate.classifier-steps": 20,
+    "evaluate.feature-steps": 20, "evaluate.curve-samples": 8, "evaluate.likelihood": 2,
+    "evaluate.likelihood-steps": 2, "evaluate.bootstrap": 20,
 }  # fmt: skip
 FLAGS = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
 
@@ -39,7 +40,10 @@ def test_the_demo_goes_from_nothing_to_a_report_and_finds_its_results_again(tmp_
     assert "ETA" in first.stdout
     report = json.loads((store / "report.json").read_text())
     assert set(report["seconds"]) == {"draw", "ingest", "train", "generate", "evaluate"}
-    assert report["figures"]["inpainting"]["known_bytes_changed"] == 0
+    assert {each["known_bytes_changed"] for each in report["figures"]["inpainting"].values()} == {0}
+    assert not report["promotion"]["live"], "twenty steps are too few for the gate"
+    assert "?class_accuracy >= 0.5: fails with 0" in report["promotion"]["told"]
+    assert "The model is not live" in (store / "report.html").read_text()
     assert report["figures"]["bulk"]["count"] == 20
     assert report["training"]["curves"]["curve"][-1][0] == 20
     page = (store / "report.html").read_text()
