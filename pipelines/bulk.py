@@ -15,7 +15,7 @@ from pipelines.images import Pixels, to_png
 from pipelines.model import load_config, load_model, model_digest
 from pipelines.progress import Progress
 from pipelines.requests import ImageRequest, metadata
-from pipelines.worker import Worker, load_worker, picture_seed
+from pipelines.worker import Worker, load_worker, picture_seed, pool_of
 
 VERSION = 3
 _IN_FLIGHT = 2
@@ -118,35 +118,25 @@ def _stem(shard: int) -> str:
 
 
 def _committed(uri: str, shard: int) -> dict[str, Any] | None:
-    """The entry of a shard that an earlier run wrote, its bytes checked against the digest in its name."""
-    for info in storage.list_if_any(storage.join(uri, f"{_stem(shard)}-*.parquet")):
-        data = storage.read_bytes(info.uri)
-        checksum = storage.digest(data)
-        if f"-{checksum[:12]}.parquet" in info.uri:
-            file = pq.ParquetFile(io.BytesIO(data))
-            numerics = json.loads(file.schema_arrow.metadata[b"numerics"])
-            part = {"name": info.uri.rsplit("/", 1)[1], "bytes": len(data), "sha256": checksum}
-            return {**part, "rows": file.metadata.num_rows, "numerics": numerics}
-    return None
+    """The entry of a shard that an earlier run wrote."""
+    found = storage.find_part(uri, _stem(shard), ".parquet")
+    if found is None:
+        return None
+    part, data = found
+    file = pq.ParquetFile(io.BytesIO(data))
+    return {**part, "rows": file.metadata.num_rows, "numerics": json.loads(file.schema_arrow.metadata[b"numerics"])}
 
 
 def _through_actors(config: GenerateConfig, uri: str, missing: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Shards made by a Ray Data pool of workers, one per device."""
-    import ray
     import ray.data
 
     if not missing:
         return
     load_model(config.model)  # a damaged model is an error here, in one line, and not of an actor that starts again
-    resources = ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0))
-    size = min(len(missing), config.workers or gpus or max(1, int(resources.get("CPU", 1)) // 2))
     ray.data.DataContext.get_current().enable_progress_bars = False
     shards = ray.data.from_items([{"shard": number} for number in missing], override_num_blocks=len(missing))
-    painted = shards.map(
-        ShardPainter, fn_constructor_args=(config, uri), compute=ray.data.ActorPoolStrategy(size=size),
-        num_cpus=1, num_gpus=1 if gpus else 0,
-    )  # fmt: skip
+    painted = shards.map(ShardPainter, fn_constructor_args=(config, uri), **pool_of(config.workers, len(missing)))
     for row in painted.iter_rows():
         yield int(row.pop("shard")), row
 

@@ -143,14 +143,20 @@ def load_worker(model_uri: str, device: str = "auto", lanes: int = LANES) -> Wor
 
 
 def pool_of(workers: int, tasks: int) -> dict[str, Any]:
-    """Arguments of a Ray Data map for a pool of workers: `workers`, or one per GPU, or one per two cores."""
+    """Arguments of a Ray Data map for a pool of so many workers as `pool_size` says, each with a device."""
     import ray
     import ray.data
 
+    compute = ray.data.ActorPoolStrategy(size=pool_size(workers, tasks))
+    return {"compute": compute, "num_cpus": 1, "num_gpus": 1 if ray.cluster_resources().get("GPU") else 0}
+
+
+def pool_size(workers: int, tasks: int) -> int:
+    """`workers`, or one per GPU of the cluster, or one per two cores; not more than `tasks`."""
+    import ray
+
     resources = ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0))
-    size = min(tasks, workers or gpus or max(1, int(resources.get("CPU", 1)) // 2))
-    return {"compute": ray.data.ActorPoolStrategy(size=size), "num_cpus": 1, "num_gpus": 1 if gpus else 0}
+    return min(tasks, workers or int(resources.get("GPU", 0)) or max(1, int(resources.get("CPU", 1)) // 2))
 
 
 def picture_seed(seed: int, index: int) -> int:

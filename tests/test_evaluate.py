@@ -70,7 +70,7 @@ def test_held_out_pictures_come_nearer_than_the_samples_of_a_model_that_has_lear
 
 def test_the_samples_are_those_of_the_model_and_their_requests(evaluated, place, tiny_dataset, tiny_model):
     settings, dataset = config(place, tiny_dataset, tiny_model), open_dataset(tiny_dataset)
-    orders = orders_of(settings, dataset, edits_of(settings, dataset))
+    orders = orders_of(settings, dataset.class_names, edits_of(settings, dataset))
     kept = {part["name"].rsplit("-", 2)[0]: part for part in storage.read_manifest(evaluated, "evaluation")["parts"]}
     assert set(kept) == set(orders)
     worker = load_worker(tiny_model)
@@ -80,7 +80,7 @@ def test_the_samples_are_those_of_the_model_and_their_requests(evaluated, place,
 
 
 def test_it_is_found_again_and_goes_on_where_it_was_cut_off(tmp_path, tiny_dataset, tiny_model, evaluated):
-    settings = config(tmp_path, tiny_dataset, tiny_model, curve_samples=0, likelihood=0)
+    settings = config(tmp_path, tiny_dataset, tiny_model, curve_samples=0, likelihood=0, workers=2)
     uri = evaluate.run(settings).uri
     assert evaluate.find(settings).uri == uri
     manifest = (tmp_path / uri / "manifest.json").read_bytes()
@@ -90,7 +90,7 @@ def test_it_is_found_again_and_goes_on_where_it_was_cut_off(tmp_path, tiny_datas
     for name in (lost, "manifest.json"):
         (tmp_path / uri / name).unlink()
     assert evaluate.find(settings) is None
-    assert evaluate.run(settings).uri == uri
+    assert evaluate.run(settings.model_copy(update={"workers": 1})).uri == uri
     assert (tmp_path / uri / "manifest.json").read_bytes() == manifest
     assert {name: storage.stat(f"{uri}/{name}").version for name in others} == before
 

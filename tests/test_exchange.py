@@ -360,7 +360,7 @@ def test_one_changed_byte_of_a_model_is_noticed_and_named_by_all_that_load_it(tm
             load(model)
 
 
-def test_an_imported_model_generates_in_bulk_and_is_evaluated(tmp_path, tiny_dataset):
+def test_an_imported_model_generates_in_bulk(tmp_path, tiny_dataset):
     names = list(open_dataset(tiny_dataset).class_names)
     network = shaken(UNet2DModel(**TINY, num_class_embeds=len(names) + 1))
     store = str(tmp_path / "store")
@@ -368,8 +368,20 @@ def test_an_imported_model_generates_in_bulk_and_is_evaluated(tmp_path, tiny_dat
     place = {"store": store, "name": "theirs", "model": model, "steps": 2}
     images = bulk.run(GenerateConfig(**place, count=4, workers=1))
     assert storage.read_manifest(images.uri, "images")["rows"] == 4
-    judged = evaluate.run(EvaluateConfig(**place, dataset=tiny_dataset, samples=8, edits=2, classifier_steps=0))
-    assert storage.read_manifest(judged.uri, "evaluation")["figures"]["inpainting"]["known_bytes_changed"] == 0
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+def test_an_imported_model_is_evaluated_also_without_the_classes_of_the_dataset(tmp_path, tiny_dataset, conditional):
+    names = list(open_dataset(tiny_dataset).class_names)[::-1] if conditional else []
+    network = shaken(UNet2DModel(**TINY, **({"num_class_embeds": len(names) + 1} if names else {})))
+    store = str(tmp_path / "store")
+    model = imported(saved(tmp_path / "in", network, prediction="v_prediction"), store, class_names=names)
+    how = {"samples": 8, "steps": 2, "edits": 2, "feature_steps": 4, "curve_samples": 0, "likelihood": 0}
+    judged = evaluate.run(EvaluateConfig(store=store, name="theirs", model=model, dataset=tiny_dataset, **how))
+    figures = storage.read_manifest(judged.uri, "evaluation")["figures"]
+    assert {each["known_bytes_changed"] for each in figures["inpainting"].values()} == {0}
+    assert ("class_accuracy" in figures) is ("per_class" in figures) is conditional
+    assert np.isfinite(figures["heldout_loss"]["value"])
 
 
 def test_an_imported_model_samples_and_repaints_like_ours(tmp_path):

@@ -16,14 +16,14 @@ from pipelines.dataset import Rows
 from pipelines.features import distances
 from pipelines.images import to_floats
 
-_PICTURES = 128
+HELDOUT = 128  # pictures that are looked at
 _AT_A_TIME = 32
 
 
 def heldout_figures(config: EvaluateConfig, denoiser: Denoiser, rows: Rows) -> dict[str, Any]:
     """The mean loss over LEVELS and at each, and bits per dimension, with intervals over pictures."""
     rng = np.random.default_rng(config.seed)
-    count = min(len(rows.ids), _PICTURES)
+    count = min(len(rows.ids), HELDOUT)
     losses = np.stack([_losses(denoiser, _cut(rows, 0, count), level) for level in LEVELS], axis=1)
     figures: dict[str, Any] = {
         "heldout_loss": distances.mean(losses.mean(axis=1), config.bootstrap, rng),

@@ -1,6 +1,7 @@
 """The pictures that an evaluation asks a model for, by what they are for."""
 
 import io
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,9 +27,9 @@ class Edits(NamedTuple):
     noisy: dict[float, Pixels]
 
 
-def classes_of(dataset: Dataset, count: int) -> list[str]:
-    """The class of each of `count` pictures, classes in turn; empty names where there are none."""
-    names = list(dataset.class_names) or [""]
+def in_turn(classes: Sequence[str], count: int) -> list[str]:
+    """The class of each of `count` pictures; empty names where there are none."""
+    names = list(classes) or [""]
     return [names[index % len(names)] for index in range(count)]
 
 
@@ -39,13 +40,16 @@ def edits_of(config: EvaluateConfig, dataset: Dataset) -> Edits:
     return Edits(rows, masks(dataset.resolution), noisy)
 
 
-def orders_of(config: EvaluateConfig, dataset: Dataset, edits: Edits) -> Orders:
-    """All requests of an evaluation: samples, samples by sampler and steps, inpaintings by mask, denoised by level."""
+def orders_of(config: EvaluateConfig, classes: Sequence[str], edits: Edits) -> Orders:
+    """All requests of an evaluation: samples, samples by sampler and steps, inpaintings by mask, denoised by level.
+
+    `classes` are those of the dataset in the order of its labels, or none for a model that knows none.
+    """
     options = narrow(config, SampleOptions).model_dump()
     seeds = [picture_seed(config.seed, index) for index in range(max(config.samples, config.curve_samples))]
 
     def samples(count: int, **changed: object) -> list[ImageRequest]:
-        prompts = classes_of(dataset, count)
+        prompts = in_turn(classes, count)
         return [ImageRequest(prompt=prompts[at], seed=seeds[at], **{**options, **changed}) for at in range(count)]
 
     orders = {"samples": samples(config.samples)}
@@ -53,7 +57,7 @@ def orders_of(config: EvaluateConfig, dataset: Dataset, edits: Edits) -> Orders:
         for sampler in config.curve_samplers:
             for steps in config.curve_steps:
                 orders[curve_name(sampler, steps)] = samples(config.curve_samples, sampler=sampler, steps=steps)
-    return orders | _edit_orders(config, dataset, edits)
+    return orders | _edit_orders(config, classes, edits)
 
 
 def curve_name(sampler: str, steps: int) -> str:
@@ -75,12 +79,12 @@ def masks(side: int) -> dict[str, NDArray[np.bool_]]:
     return {"box": box, "half": half, "strokes": strokes, "lines": lines}
 
 
-def _edit_orders(config: EvaluateConfig, dataset: Dataset, edits: Edits) -> Orders:
+def _edit_orders(config: EvaluateConfig, classes: Sequence[str], edits: Edits) -> Orders:
     """Inpaintings and denoised pictures."""
     options = narrow(config, SampleOptions).model_dump()
     plain = [
         ImageRequest(
-            prompt=dataset.class_names[label] if label >= 0 else "",
+            prompt=classes[label] if classes and label >= 0 else "",
             seed=picture_seed(config.seed, config.samples + index),
             **options,
         )

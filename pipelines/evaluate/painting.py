@@ -3,20 +3,21 @@
 import base64
 import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import numpy as np
+import torch
 
 from pipelines import storage
-from pipelines.config import EvaluateConfig, PipelineError, SampleOptions
+from pipelines.config import EvaluateConfig, PipelineError, SampleOptions, ray_address
 from pipelines.evaluate.orders import Orders
 from pipelines.images import Pixels, from_png
 from pipelines.progress import Progress
 from pipelines.requests import ImageRequest
-from pipelines.worker import Worker, load_worker, pool_of
+from pipelines.worker import Worker, load_worker, pool_of, pool_size
 
 _CHUNK = 64
 _TIMEOUT_S = 600.0
@@ -38,7 +39,7 @@ def paint(config: EvaluateConfig, uri: str, orders: Orders) -> tuple[dict[str, P
     missing = {stem: requests for stem, requests in chunks.items() if stem not in done}
     progress = Progress("evaluate", _count(chunks), "pictures", done=_count(chunks) - _count(missing))
     made = 0
-    for stem in (_through_service if config.url else _through_actors)(config, uri, missing):
+    for stem in _painter(config, len(missing))(config, uri, missing):
         made += len(missing[stem])
         progress.update(_count(chunks) - _count(missing) + made)
     parts = {stem: done.get(stem) or storage.find_part(uri, stem, ".npy") for stem in chunks}
@@ -48,6 +49,14 @@ def paint(config: EvaluateConfig, uri: str, orders: Orders) -> tuple[dict[str, P
         for name in orders
     }
     return pictures, [part for part, _ in kept.values()]
+
+
+def _painter(config: EvaluateConfig, chunks: int) -> Callable[[EvaluateConfig, str, Chunks], Iterator[str]]:
+    """By the service; else by workers, or in this process where one worker is all that there would be."""
+    if config.url:
+        return _through_service
+    alone = ray_address() is None and pool_size(config.workers, chunks) == 1
+    return _here if alone else _through_actors
 
 
 class ChunkPainter:
@@ -61,6 +70,18 @@ class ChunkPainter:
         """Row with a chunk's `stem` and its pickled `requests` -> the stem."""
         _keep(self.uri, row["stem"], self.worker.paint(pickle.loads(row["requests"])))
         return {"stem": row["stem"]}
+
+
+def _here(config: EvaluateConfig, uri: str, missing: Chunks) -> Iterator[str]:
+    """Chunks by a worker in this process; their stems as they are done."""
+    threads = torch.get_num_threads()
+    try:
+        worker = load_worker(config.model, lanes=config.lanes)
+        for stem, requests in missing.items():
+            _keep(uri, stem, worker.paint(requests))
+            yield stem
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _through_actors(config: EvaluateConfig, uri: str, missing: Chunks) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """How good generated pictures are: distances to the training pictures, classes, copies, and what steps buy."""
 
 import io
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from pipelines import storage
 from pipelines.config import EvaluateConfig
 from pipelines.dataset import Dataset, Rows
-from pipelines.evaluate.orders import classes_of, curve_name
+from pipelines.evaluate.orders import curve_name, in_turn
 from pipelines.features import distances
 from pipelines.features.distances import Features, Figure
 from pipelines.features.extractors import Extractor, Judge
@@ -57,25 +58,29 @@ def between(real: Features, made: Features, config: EvaluateConfig) -> dict[str,
 
 
 def figures_of(
-    config: EvaluateConfig, dataset: Dataset, judge: Judge, extractor: Extractor, reference: Reference, samples: Pixels
+    config: EvaluateConfig,
+    classes: Sequence[str],
+    judge: Judge,
+    extractor: Extractor,
+    reference: Reference,
+    samples: Pixels,
 ) -> dict[str, Any]:
-    """Figures of the samples over all classes, and by class."""
+    """Figures of the samples over all `classes` that were asked for, and by class."""
     features = extractor.embed(samples)
     figures = between(reference.features, features, config)
     if reference.heldout_features is not None:
         figures["heldout_pictures"] = between(reference.features, reference.heldout_features, config)
-    names = list(dataset.class_names)
-    labels = np.array([names.index(name) if name else -1 for name in classes_of(dataset, len(samples))])
-    named = None
-    if judge.classifier is not None:
+    if judge.classifier is None:
+        return figures
+    if reference.heldout is not None:
+        right = predict(judge.classifier, reference.heldout.pixels) == reference.heldout.labels
+        figures["classifier"] = distances.share(right[reference.heldout.labels >= 0])
+    if classes:
+        labels = np.array([classes.index(name) for name in in_turn(classes, len(samples))])
         named = predict(judge.classifier, samples) == labels
         figures["class_accuracy"] = distances.share(named)
-        if reference.heldout is not None:
-            right = predict(judge.classifier, reference.heldout.pixels) == reference.heldout.labels
-            figures["classifier"] = distances.share(right[reference.heldout.labels >= 0])
-    if len(names) > 1:
         figures["per_class"] = {
-            name: _of_class(config, reference, features, labels, label, named) for label, name in enumerate(names)
+            name: _of_class(config, reference, features, labels, label, named) for label, name in enumerate(classes)
         }
     return figures
 
@@ -86,16 +91,14 @@ def _of_class(
     features: Features,
     labels: NDArray[np.int64],
     label: int,
-    named: NDArray[np.bool_] | None,
+    named: NDArray[np.bool_],
 ) -> dict[str, Any]:
     """The figures of one class against its own training pictures; only its count where there are too few."""
     own, real = labels == label, reference.rows.labels == label
     figures: dict[str, Any] = {"count": int(own.sum()), "training_pictures": int(real.sum())}
     if min(figures.values()) > 1:
         figures |= between(reference.features[real], features[own], config)
-    if named is not None:
-        figures["class_accuracy"] = distances.share(named[own])
-    return figures
+    return {**figures, "class_accuracy": distances.share(named[own])}
 
 
 def steps_curve(
@@ -120,7 +123,7 @@ def cheapest(curve: list[dict[str, Any]]) -> dict[str, Any] | None:
     return {"sampler": chosen["sampler"], "steps": chosen["steps"]}
 
 
-def judge_bulk(uri: str, classes: list[str], classifier: Classifier) -> Figure:
+def judge_bulk(uri: str, classes: Sequence[str], classifier: Classifier) -> Figure:
     """How many pictures of a bulk job are recognised as the class that was asked for."""
     hits = []
     for part in storage.read_manifest(uri, "images")["parts"]:

@@ -1,14 +1,16 @@
 """The evaluate stage: makes pictures with a model, measures what came out, and shows it."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipelines import __version__, storage
 from pipelines.config import EvaluateConfig, Outcome, PipelineError, identity, narrow, what
-from pipelines.dataset import Dataset, open_dataset
+from pipelines.dataset import Dataset, Rows, open_dataset
 from pipelines.evaluate.editing import editing_figures, editing_grids
-from pipelines.evaluate.heldout import heldout_figures
+from pipelines.evaluate.heldout import HELDOUT, heldout_figures
 from pipelines.evaluate.orders import edits_of, orders_of
 from pipelines.evaluate.page import write_page
 from pipelines.evaluate.painting import paint
@@ -58,14 +60,16 @@ def _evaluate(config: EvaluateConfig, uri: str) -> None:
     dataset, model = open_dataset(config.dataset), load_model(config.model)
     _check(config, dataset, model)
     edits = edits_of(config, dataset)
-    pictures, parts = paint(config, uri, orders_of(config, dataset, edits))
+    classes = dataset.class_names if model.config.class_names else ()
+    pictures, parts = paint(config, uri, orders_of(config, classes, edits))
     judge = own_judge(config.store, config.name, dataset, config.feature_steps, config.seed)
     extractor = open_extractor(config.features, judge.extractor, config.trust)
     reference = reference_of(dataset, extractor)
-    figures, pairs = _figures(config, dataset, judge, extractor, reference, pictures)
+    figures, pairs = _figures(config, classes, judge, extractor, reference, pictures)
     figures |= editing_figures(config, edits, pictures)
     if dataset.rows("heldout"):
-        figures |= heldout_figures(config, _on_device(model).denoiser, dataset.read("heldout", _SHOWN * 2))
+        heldout = _labelled_as(model, dataset.class_names, dataset.read("heldout", HELDOUT))
+        figures |= heldout_figures(config, _on_device(model).denoiser, heldout)
     columns = max(len(dataset.class_names), 8)
     grids = {
         "samples": grid(pictures["samples"][:_SHOWN], columns),
@@ -78,19 +82,19 @@ def _evaluate(config: EvaluateConfig, uri: str) -> None:
 
 def _figures(
     config: EvaluateConfig,
-    dataset: Dataset,
+    classes: Sequence[str],
     judge: Judge,
     extractor: Extractor,
     reference: Reference,
     pictures: dict[str, Pixels],
 ) -> tuple[dict[str, Any], Pixels]:
     """Figures of generated pictures; and the samples that come closest to training pictures, over those."""
-    figures = figures_of(config, dataset, judge, extractor, reference, pictures["samples"])
+    figures = figures_of(config, classes, judge, extractor, reference, pictures["samples"])
     copies = copies_of(reference, pictures["samples"])
     curve = steps_curve(config, extractor, reference, pictures)
     figures |= {**copies.figures, "steps": curve, "cheapest": cheapest(curve)}
-    if config.images and judge.classifier is not None:
-        figures["bulk"] = judge_bulk(config.images, list(dataset.class_names), judge.classifier)
+    if config.images and classes and judge.classifier is not None:
+        figures["bulk"] = judge_bulk(config.images, classes, judge.classifier)
     return figures, copies.pairs
 
 
@@ -137,7 +141,8 @@ def _model_digest(uri: str) -> str:
 
 def _check(config: EvaluateConfig, dataset: Dataset, model: Model) -> None:
     """Refuse a model and a dataset that do not belong together, before anything is made."""
-    size, unknown = model.config.unet.resolution, set(dataset.class_names) - set(model.config.class_names)
+    size, known = model.config.unet.resolution, set(model.config.class_names)
+    unknown = set(dataset.class_names) - known if known else set()
     if size != dataset.resolution:
         raise PipelineError(
             f"evaluate: the model makes {size}x{size}, the dataset holds {dataset.resolution}x{dataset.resolution} "
@@ -148,6 +153,13 @@ def _check(config: EvaluateConfig, dataset: Dataset, model: Model) -> None:
             f"evaluate: the dataset has classes that the model does not know: {', '.join(sorted(unknown))}; ingest it "
             f"with --labels ignored, or train on it"
         )
+
+
+def _labelled_as(model: Model, classes: Sequence[str], rows: Rows) -> Rows:
+    """Rows with the model's own labels in place of the dataset's."""
+    known = model.config.class_names
+    own = np.array([known.index(name) for name in classes] if known else [-1] * len(classes), dtype=np.int64)
+    return Rows(rows.pixels, np.append(own, -1)[rows.labels], rows.ids)
 
 
 def _on_device(model: Model) -> Model:
