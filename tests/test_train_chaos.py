@@ -61,7 +61,7 @@ class Run:
 
     def finish(self):
         """Exit status and output, once it has ended."""
-        self.process.wait(PATIENCE_S)
+        self.process.wait(2 * PATIENCE_S)
         return self.process.returncode, self.output
 
     def ranks(self):
@@ -460,7 +460,7 @@ def test_a_node_that_will_be_taken_away_has_its_work_saved_before(elastic, clust
 def test_a_run_goes_on_with_one_worker_when_a_node_is_lost_and_grows_back(elastic, cluster, alone, tmp_path):
     store, seen = tmp_path / "store", {}
     # So many checkpoints are a brake: on a quick machine the run would be over before the node is back.
-    run = elastic(store, "--checkpoint-every", 2)
+    run = elastic(store, "--checkpoint-every", 3)
     run.wait_for("checkpoint", lambda: newest_world(store, seen) == 2 and max(seen) >= 40)
     since = time.monotonic()
     cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
