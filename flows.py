@@ -146,12 +146,10 @@ class Clock:
 
 def run_here(run: Any, config: Settings) -> str:
     """The URI that a flow returns, told once Ray is gone, so that nothing of Ray's is printed after it."""
-    from pipelines.jobs import disconnect
+    from pipelines.jobs import visit
 
-    try:
+    with visit():
         return str(value_of(run(config, return_state=True)))
-    finally:
-        disconnect()
 
 
 def told(run: Callable[[], Made]) -> Made | State[Any]:

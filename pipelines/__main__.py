@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from pipelines.config import InterruptedRunError, PipelineError, TrainCommand, parse
-from pipelines.jobs import STAGES, disconnect, print_stage, run_stage, settle
+from pipelines.jobs import STAGES, print_stage, run_stage, settle, visit
 
 # What shells give a command that SIGINT ended.
 _INTERRUPTED = 130
@@ -17,24 +17,28 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if arguments else 2
     name, *flags = arguments
     try:
-        if name not in STAGES:
-            raise PipelineError(f"no stage {name!r}; there are {', '.join(STAGES)}")
-        config = parse(STAGES[name].flags, f"python -m pipelines {name}", flags)
-        if isinstance(config, TrainCommand):
-            config = settle(config)
-        if STAGES[name].makes_result:
-            print(f"{name}: {run_stage(name, config).uri}", flush=True)
-        else:
-            print_stage(name, config)
+        with visit():
+            _run(name, flags)
     except InterruptedRunError as error:
         print(error, file=sys.stderr, flush=True)
         return _INTERRUPTED
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    finally:
-        disconnect()
     return 0
+
+
+def _run(name: str, flags: list[str]) -> None:
+    """Run a stage and print its result's URI, where it makes one."""
+    if name not in STAGES:
+        raise PipelineError(f"no stage {name!r}; there are {', '.join(STAGES)}")
+    config = parse(STAGES[name].flags, f"python -m pipelines {name}", flags)
+    if isinstance(config, TrainCommand):
+        config = settle(config)
+    if STAGES[name].makes_result:
+        print(f"{name}: {run_stage(name, config).uri}", flush=True)
+    else:
+        print_stage(name, config)
 
 
 def usage() -> str:

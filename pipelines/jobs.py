@@ -1,11 +1,13 @@
 """Run a stage: here on a Ray of our own, or as a job on a named Ray cluster, and find what is done already."""
 
+import contextlib
 import importlib
 import logging
 import os
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from diffusion_core.config import PRESETS, ModelConfig
@@ -154,6 +156,17 @@ def connect() -> None:
     }  # fmt: skip
     # Workers' lines are for Ray's log files: what people should see comes through progress.Board and as errors.
     ray.init(**({} if settings.ray_address() else own), logging_level=logging.WARNING, log_to_driver=False)
+
+
+@contextlib.contextmanager
+def visit() -> Iterator[None]:
+    """Leave Ray at the end, unless this process was connected before."""
+    before = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    try:
+        yield
+    finally:
+        if not before:
+            disconnect()
 
 
 def disconnect() -> None:

@@ -77,3 +77,13 @@ def test_starting_a_flow_loads_neither_torch_nor_ray():
     code = "import flows, sys; print(sorted({'torch', 'ray'} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_a_command_leaves_a_ray_that_was_there_before_it(ray_session, tmp_path, capsys):
+    import ray
+
+    session = ray.get_runtime_context().get_node_id()
+    assert stages.main(["plan", "--preset", "tiny"]) == 0
+    assert stages.main(["models", "--store", str(tmp_path)]) == 1
+    assert ray.is_initialized()
+    assert ray.get_runtime_context().get_node_id() == session
