@@ -8,9 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import TINY
+from diffusers import UNet2DModel
 from support.models import evaluate, figure, publish
 
 from pipelines import bulk, ingest, registry, storage, train
+from pipelines.__main__ import main
 from pipelines.config import (
     GenerateConfig,
     IngestConfig,
@@ -22,7 +24,7 @@ from pipelines.config import (
 )
 from pipelines.dataset import open_dataset
 from pipelines.images import from_png, png_texts, to_png
-from pipelines.jobs import STAGES, print_stage, settle
+from pipelines.jobs import STAGES, find_result, print_stage, settle
 from pipelines.lineage import referenced
 from pipelines.model import model_digest
 from pipelines.requests import ImageRequest, metadata, request_of
@@ -112,6 +114,21 @@ def test_a_picture_made_again_has_the_same_bytes(house, capsys):
     assert "remake: equal" in out
     assert "bytes of 6 pictures" in out
     assert "no row 6; there are 0 to 5" in refused("trace", house.images, "--row", 6)
+
+
+def test_an_imported_model_leads_back_to_the_folder_that_it_came_from(tmp_path, capsys):
+    folder, store = tmp_path / "theirs", tmp_path / "store"
+    shape = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4,
+             "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}  # fmt: skip
+    UNet2DModel(**shape).save_pretrained(folder)
+    flags = ["--from", folder, "--store", store, "--name", "theirs", "--prediction", "eps", "--betas", "linear"]
+    assert main(["import", *map(str, flags)]) == 0
+    model = capsys.readouterr().out.strip().rsplit(" ", 1)[1]
+    text = told(capsys, "trace", model)
+    assert f"imported  {folder}, digest of what was read " in text
+    ((stage, again),) = commands(text)
+    assert find_result(stage, again).uri == model
+    assert "is not there any more" not in text
 
 
 def test_a_png_says_itself_what_made_it(house, tmp_path, capsys):

@@ -9,7 +9,15 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipelines import storage
-from pipelines.config import GenerateConfig, IngestConfig, PipelineError, SampleOptions, TraceConfig, TrainConfig
+from pipelines.config import (
+    GenerateConfig,
+    ImportConfig,
+    IngestConfig,
+    PipelineError,
+    SampleOptions,
+    TraceConfig,
+    TrainConfig,
+)
 from pipelines.dataset import Dataset, open_dataset
 from pipelines.images import ImageError, png_texts
 from pipelines.lineage.contents import Contents, command, read_contents, run_of, store_of
@@ -150,9 +158,9 @@ def _back(contents: Contents, traced: Traced, model: str | None, sources: int) -
     for each in (model, *contents.parents(model)):
         lines += _of_model(contents, each, "model " if each == model else "parent")
         dataset = contents.dataset_of(each)
-        if dataset is None:
+        if dataset is None and contents.models[each]["lineage"].get("kind") != "import":
             lines.append(f"dataset   {contents.models[each]['lineage'].get('dataset')}: is not there any more")
-        else:
+        elif dataset is not None:
             datasets[dataset.uri] = dataset
     return [*lines, *(line for dataset in datasets.values() for line in _dataset(dataset, sources))]
 
@@ -163,7 +171,11 @@ def _of_model(contents: Contents, uri: str, label: str) -> list[str]:
     lineage = manifest["lineage"]
     live = [f"live as {name}" for name, head in contents.live().items() if head["model"]["digest"] == digest]
     lines = [f"{label}    {uri}", f"  digest  {digest}{''.join(f' ({told})' for told in live)}"]
-    if "settings" in lineage:
+    if lineage.get("kind") == "import":
+        again = {"source": lineage["source"], "store": store_of(uri) or contents.store, "name": lineage["name"]}
+        lines.append(f"imported  {lineage['source']}, digest of what was read {lineage['digest']}")
+        lines.append(f"  again   {command('import', ImportConfig, lineage['settings'], **again)}")
+    else:
         parents = contents.models_of(lineage.get("parent"))
         if lineage.get("parent") and not parents:
             lines.append(f"  parent  {lineage['parent']}: not in {contents.store}")

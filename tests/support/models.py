@@ -26,7 +26,7 @@ def publish(store, number, *, name="tiny", step=3, parent=None, finished=True, d
     run_json = {"kind": "run", "schema": 1, "code": "0", "algorithm": 3, **told}
     storage.create_bytes(f"{run}/run.json", storage.to_json(run_json))
     uri = f"{run}/published/step-{step:07}"
-    lineage = {"name": name, "step": step, **told}
+    lineage = {"kind": "train", "name": name, "step": step, **told}
     curves = {"curve": [[step, 0.9]], "validation": [[step, 0.5 + number / 100, 0.1]]}
     config = ModelConfig(unet, class_names=("cat", "dog"))
     publish_model(uri, Publication(config, {0.1: weights}, lineage, curves, b"no picture"))
