@@ -25,7 +25,7 @@ def python(*arguments, home):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=290,
         check=False,
     )
 
