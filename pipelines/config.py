@@ -624,8 +624,8 @@ class PipelineConfig(PipelineOptions, IngestOptions, Place):
 class DemoEvaluateOptions(EvaluateOptions):
     """What the demo measures: less, so that it ends soon."""
 
-    samples: int = Field(256, ge=2, description="pictures generated over all classes")
-    curve_samples: int = Field(64, ge=0, description="pictures by every sampler and number of steps; 0 for none")
+    samples: int = Field(128, ge=2, description="pictures generated over all classes")
+    curve_samples: int = Field(16, ge=0, description="pictures by every sampler and number of steps; 0 for none")
     curve_steps: list[Annotated[int, Field(ge=1, le=1000)]] = Field(
         [5, 8, 18], min_length=1, description="denoiser calls a picture"
     )
