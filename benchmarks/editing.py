@@ -30,6 +30,7 @@ from diffusion_core.engine import Engine
 from diffusion_core.noise import normal
 from diffusion_core.tasks import Request, prepare
 from pipelines.dataset import open_dataset
+from pipelines.evaluate.orders import masks
 from pipelines.features.learned import predict, train_classifier
 from pipelines.images import to_bytes, to_floats
 from pipelines.model import load_model, newest_model
@@ -77,10 +78,10 @@ def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     trial = open_trial(options)
     print(f"{len(trial.pictures)} held-out pictures; a vector-Jacobian product costs {trial.product_cost:.2f} forwards")
-    painted = inpainting(trial, masks(trial.pictures.shape[-1]))
+    painted = inpainting(trial, mask_tensors(trial.pictures.shape[-1]))
     without = replace(trial, labels=[trial.engine.model.unet.classes] * len(trial.labels))
     print("without class and guidance:")
-    inpainting(trial, masks(trial.pictures.shape[-1]), unconditional=without.labels)
+    inpainting(trial, mask_tensors(trial.pictures.shape[-1]), unconditional=without.labels)
     denoised = {clipped: denoising(trial, clipped) for clipped in (False, True)}
     edited = edits(trial)
     if options.pictures:
@@ -119,18 +120,9 @@ def product_cost(denoiser: Any, pictures: Tensor) -> float:
     return min(backward) / min(forward)
 
 
-def masks(side: int) -> dict[str, Tensor]:
-    """Masks [1, side, side], 1 where to repaint."""
-    box, half, strokes, lines = (torch.zeros(1, side, side) for _ in range(4))
-    box[:, side * 3 // 8 : side * 7 // 8, side // 4 : side * 3 // 4] = 1
-    half[:, :, side // 2 :] = 1
-    strokes[:, side // 3 : side // 3 + 3] = 1
-    for row in range(side):
-        for shift in range(3):
-            strokes[:, row, (2 * row + shift) % side] = 1
-            strokes[:, row, (side - row + shift) % side] = 1
-    lines[:, 1::2] = 1
-    return {"box": box, "half": half, "strokes": strokes, "lines": lines}
+def mask_tensors(side: int) -> dict[str, Tensor]:
+    """The masks of evaluations, [1, side, side], 1 where to repaint."""
+    return {name: torch.from_numpy(mask)[None].float() for name, mask in masks(side).items()}
 
 
 def inpainting(
@@ -268,7 +260,7 @@ def save(
 ) -> None:
     """The pictures of the docs."""
     folder.mkdir(parents=True, exist_ok=True)
-    holes = masks(trial.pictures.shape[-1])
+    holes = mask_tensors(trial.pictures.shape[-1])
     rows = {"known": "", "replacement": "replacement", "RePaint 5/3": "RePaint 5/3",
             "posterior": "posterior (default)", "original": ""}  # fmt: skip
     columns: dict[str, list[Tensor]] = {name: [] for name in rows}

@@ -637,7 +637,6 @@ class DemoConfig(PipelineOptions, Place):
     """Draw cartoons, then run the whole pipeline on them."""
 
     evaluate: DemoEvaluateOptions = Field(DemoEvaluateOptions(), description="evaluation")
-
     resolution: int = Field(32, ge=8, le=1024, description="height and width in pixels")
     draw: DrawOptions = Field(DrawOptions(), description="cartoons")
 

@@ -43,6 +43,14 @@ class Rows(NamedTuple):
     labels: NDArray[np.int64]
     ids: NDArray[np.int64]
 
+    def cut(self, start: int, stop: int | None) -> "Rows":
+        """The rows from `start` up to `stop`, or to the end."""
+        return Rows(self.pixels[start:stop], self.labels[start:stop], self.ids[start:stop])
+
+    def labels_of(self, classes: int) -> NDArray[np.int64] | None:
+        """Labels [N], the null class `classes` where a picture has none; None for a network without classes."""
+        return np.where(self.labels < 0, classes, self.labels) if classes else None
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -262,11 +270,11 @@ class SampleStream:
         for _ in range(first, last) if last is not None else itertools.count():
             while not waiting or len(waiting[0].ids) < self.share:
                 # All streams are at the same place, so their next windows are needed together.
-                fresh = [_cut(next(windows), skip, None) for _ in self.own]
+                fresh = [next(windows).cut(skip, None) for _ in self.own]
                 waiting = [_joined(pair) for pair in zip(waiting, fresh, strict=True)] if waiting else fresh
                 skip = 0
-            yield _joined([_cut(rows, 0, self.share) for rows in waiting])
-            waiting = [_cut(rows, self.share, None) for rows in waiting]
+            yield _joined([rows.cut(0, self.share) for rows in waiting])
+            waiting = [rows.cut(self.share, None) for rows in waiting]
 
     def window_rows(self, window: "Window") -> NDArray[np.int64]:
         """Row numbers of a window, in reading order."""
@@ -344,12 +352,8 @@ def _whole(blocks: Iterator[dict[str, NDArray[Any]]], lengths: list[int]) -> Ite
         while sum(len(rows.ids) for rows in kept) < length:
             kept.append(Rows(**next(blocks)))
         rows = _joined(kept)
-        yield _cut(rows, 0, length)
-        kept = [_cut(rows, length, None)]
-
-
-def _cut(rows: Rows, start: int, stop: int | None) -> Rows:
-    return Rows(rows.pixels[start:stop], rows.labels[start:stop], rows.ids[start:stop])
+        yield rows.cut(0, length)
+        kept = [rows.cut(length, None)]
 
 
 def _joined(parts: Sequence[Rows]) -> Rows:

@@ -119,15 +119,15 @@ def show(config: ModelsConfig) -> None:
     print_line(storage.to_json(_whole(read_log(store, name), config.model)).decode().rstrip())
 
 
-def promote(config: PromoteConfig) -> None:
-    """Make a model live where its evaluation passes the rules.
+def promote(config: PromoteConfig) -> Entry:
+    """Make a model live where its evaluation passes the rules; returns the entry by which it is.
 
     Raises PipelineError with the figures where one fails, where none can be judged, or where another won meanwhile.
     """
     log, model, manifest = _open(config)
     if log.live and log.live.digest == model["digest"]:
         print_line(f"promote: {log.live.uri} is live already, by promotion {log.live.number}")
-        return
+        return log.head
     if log.is_retired(model["digest"]) and not config.force:
         raise PipelineError(
             f"{config.model}: is retired ({_why_retired(log, model['digest'])}); take the mark away with "
@@ -143,18 +143,19 @@ def promote(config: PromoteConfig) -> None:
         print_line(f"promote: {verdict['told']}")
     told = f", forced ({found['problem'] or 'it was retired'}): {config.reason}" if entry["forced"] else ""
     print_line(f"promote: {config.model} is live by promotion {entry['number']} of {log.name}, by {entry['by']}{told}")
+    return entry
 
 
 def promote_or_tell(config: PromoteConfig) -> dict[str, Any]:
     """Promote where the rules allow; whether the model is live now, and the reasons in words, for a report."""
     try:
-        promote(config)
+        entry = promote(config)
     except GateError as error:
         print_line(f"promote: {error}")
         return {"live": False, "told": str(error), "rules": []}
-    log, _, _ = _open(config)
-    rules = [rule["told"] for rule in (log.head["gate"] or {}).get("rules", [])]
-    return {"live": True, "told": f"live by promotion {log.head['number']} of {log.name}", "rules": rules}
+    rules = [rule["told"] for rule in (entry["gate"] or {}).get("rules", [])]
+    _, name = _place(config.model, config.store, config.name)
+    return {"live": True, "told": f"live by promotion {entry['number']} of {name}", "rules": rules}
 
 
 def roll_back(config: RollbackConfig) -> None:

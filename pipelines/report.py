@@ -3,7 +3,7 @@
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any
 
@@ -33,20 +33,31 @@ def grid(pictures: Pixels, columns: int) -> Pixels:
 
 def loss_curve(curve: list[list[float]], validation: Sequence[list[float]] = (), kind: str = "svg") -> bytes:
     """The training loss by step, and the held-out loss where there is one, as a drawing ("svg" or "png")."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 2.8), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = plot(2.8, xlabel="step", ylabel="loss", yscale="log")
     steps, losses = zip(*curve, strict=True) if curve else ((), ())
     axes.plot(steps, losses, color="#b9c6e4", linewidth=1, label="training, mean of 10 steps")
     axes.plot(steps, _smooth(np.array(losses)), color="#2f5cc9", linewidth=2, label="smoothed")
     if validation:
         axes.plot([row[0] for row in validation], [row[1] for row in validation], color="#d1495b", marker="o",
                   markersize=3, linewidth=1.5, label="held out, averaged weights")  # fmt: skip
-    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.legend(frameon=False)
+    return drawn(figure, kind)
+
+
+def plot(height: float, **labels: str) -> tuple[Any, Any]:
+    """A matplotlib figure of `height` inches with plain axes; `labels` are matplotlib's, as xlabel and xscale."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, height), layout="constrained")
+    axes = figure.subplots()
+    axes.set(**labels)
     axes.grid(color="#8884", linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    return figure, axes
+
+
+def drawn(figure: Any, kind: str = "svg") -> bytes:
+    """A matplotlib figure as a file ("svg" or "png"), the same bytes for the same drawing."""
     buffer = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
     figure.savefig(buffer, format=kind, transparent=kind == "svg", metadata=metadata, dpi=150)
@@ -78,12 +89,9 @@ def write_report(store: str, report: dict[str, Any]) -> str:
         name: data_uri(storage.read_part(report["uris"]["evaluate"], part))
         for name, part in evaluation["pictures"].items()
     }
-    text = resources.files("pipelines").joinpath("report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"duration": duration, "percent": lambda share: f"{100 * share:.1f} %"}
-    page = environment.from_string(text).render(
-        **report, pictures=pictures, curve=markupsafe.Markup(inline(loss_curve(**report["training"]["curves"])))
-    )
+    filters = {"duration": duration, "percent": lambda share: f"{100 * share:.1f} %"}
+    curve = inline(loss_curve(**report["training"]["curves"]))
+    page = render("pipelines", "report.html.j2", filters, **report, pictures=pictures, curve=curve)
     storage.write_bytes(storage.join(store, "report.json"), storage.to_json(report))
     storage.write_bytes(storage.join(store, "report.html"), page.encode())
     return storage.join(store, "report.html")
@@ -98,10 +106,18 @@ def by_class(rows: Rows, count: int) -> Pixels:
     return rows.pixels[np.lexsort((rows.labels, rank))][:count]
 
 
-def inline(svg: bytes) -> str:
+def render(package: str, template: str, filters: dict[str, Callable[[Any], str]], **values: Any) -> str:
+    """A page by a template of a package; a value that the template misses is an error (jinja2.UndefinedError)."""
+    text = resources.files(package).joinpath(template).read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= filters
+    return environment.from_string(text).render(**values)
+
+
+def inline(svg: bytes) -> markupsafe.Markup:
     """An SVG drawing as part of a page."""
     text = svg.decode()
-    return text[text.index("<svg") :]
+    return markupsafe.Markup(text[text.index("<svg") :])
 
 
 def data_uri(png: bytes) -> str:

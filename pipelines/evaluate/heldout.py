@@ -24,7 +24,7 @@ def heldout_figures(config: EvaluateConfig, denoiser: Denoiser, rows: Rows) -> d
     """The mean loss over LEVELS and at each, and bits per dimension, with intervals over pictures."""
     rng = np.random.default_rng(config.seed)
     count = min(len(rows.ids), HELDOUT)
-    losses = np.stack([_losses(denoiser, _cut(rows, 0, count), level) for level in LEVELS], axis=1)
+    losses = np.stack([_losses(denoiser, rows.cut(0, count), level) for level in LEVELS], axis=1)
     figures: dict[str, Any] = {
         "heldout_loss": distances.mean(losses.mean(axis=1), config.bootstrap, rng),
         "heldout_loss_by_level": {
@@ -33,7 +33,7 @@ def heldout_figures(config: EvaluateConfig, denoiser: Denoiser, rows: Rows) -> d
         },
     }
     if config.likelihood:
-        bits = _bits(config, denoiser, _cut(rows, 0, config.likelihood))
+        bits = _bits(config, denoiser, rows.cut(0, config.likelihood))
         figures["bits_per_dimension"] = distances.mean(bits, config.bootstrap, rng)
     return figures
 
@@ -60,15 +60,11 @@ def _bits(config: EvaluateConfig, denoiser: Denoiser, rows: Rows) -> NDArray[np.
 def _tensors(denoiser: Denoiser, rows: Rows) -> tuple[Tensor, Tensor | None, Tensor]:
     """Pictures, labels (the null class where there is none) and ids on the network's device."""
     device = next(denoiser.network.parameters()).device
-    classes = denoiser.config.unet.classes
     x0 = torch.from_numpy(to_floats(rows.pixels)).to(device, memory_format=torch.channels_last)
-    label = torch.from_numpy(np.where(rows.labels < 0, classes, rows.labels)).to(device) if classes else None
+    labels = rows.labels_of(denoiser.config.unet.classes)
+    label = None if labels is None else torch.from_numpy(labels).to(device)
     return x0, label, torch.from_numpy(rows.ids).to(device)
 
 
 def _parts(rows: Rows) -> list[Rows]:
-    return [_cut(rows, at, at + _AT_A_TIME) for at in range(0, len(rows.ids), _AT_A_TIME)]
-
-
-def _cut(rows: Rows, start: int, stop: int) -> Rows:
-    return Rows(rows.pixels[start:stop], rows.labels[start:stop], rows.ids[start:stop])
+    return [rows.cut(at, at + _AT_A_TIME) for at in range(0, len(rows.ids), _AT_A_TIME)]

@@ -1,18 +1,14 @@
 """The page of an evaluation: every figure with its interval, curves and pictures; one model, or two side by side."""
 
-import io
 import math
 from collections.abc import Iterator
-from importlib import resources
 from typing import Any, Literal, NamedTuple
 
-import jinja2
-import markupsafe
-
 from pipelines import storage
-from pipelines.report import data_uri, inline
+from pipelines.report import data_uri, drawn, inline, plot, render
 
 Better = Literal["less", "more", ""]
+_HEIGHT = 3.2  # of plots, inches
 # Path of a figure, what it is called, and which way is better.
 _ROWS: tuple[tuple[str, str, Better], ...] = (
     ("frechet", "Fréchet distance", "less"),
@@ -40,24 +36,24 @@ class Row(NamedTuple):
 
 def write_page(uri: str, other: str | None, name: str) -> str:
     """Write the page into the folder of an evaluation, beside `other` where given; returns its address."""
-    evaluations = [storage.read_manifest(each, "evaluation") for each in (uri, other) if each]
+    uris = [uri, *([other] if other else [])]
+    evaluations = [storage.read_manifest(each, "evaluation") for each in uris]
     pictures = [
-        {name: data_uri(storage.read_part(each, part)) for name, part in evaluation["pictures"].items()}
-        for each, evaluation in zip([uri, other], evaluations, strict=False)
-        if each
+        {shown: data_uri(storage.read_part(each, part)) for shown, part in evaluation["pictures"].items()}
+        for each, evaluation in zip(uris, evaluations, strict=True)
     ]
-    text = resources.files("pipelines.evaluate").joinpath("evaluation.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"figure": figure_text}
-    page = environment.from_string(text).render(
+    page = render(
+        "pipelines.evaluate",
+        "evaluation.html.j2",
+        {"figure": figure_text},
         evaluations=evaluations,
         pictures=pictures,
         rows=list(_rows(evaluations)),
         classes=_classes(evaluations),
         is_fid=evaluations[0]["features"]["kind"] == "inception",
-        steps=[_plot(_steps_plot(each)) for each in evaluations if each["figures"]["steps"]],
-        levels=_plot(_levels_plot(evaluations)) if "heldout_loss_by_level" in evaluations[0]["figures"] else None,
-        denoising=_plot(_denoising_plot(evaluations[0])),
+        steps=[inline(drawn(_steps_plot(each))) for each in evaluations if each["figures"]["steps"]],
+        levels=inline(drawn(_levels_plot(evaluations))) if "heldout_loss_by_level" in evaluations[0]["figures"] else "",
+        denoising=inline(drawn(_denoising_plot(evaluations[0]))),
     )
     address = storage.join(uri, name)
     storage.write_bytes(address, page.encode())
@@ -101,25 +97,6 @@ def _classes(evaluations: list[dict[str, Any]]) -> list[tuple[str, list[dict[str
     return [(name, [each["figures"].get("per_class", {}).get(name, {}) for each in evaluations]) for name in first]
 
 
-def _plot(figure: Any) -> markupsafe.Markup:
-    """A drawing as part of the page."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return markupsafe.Markup(inline(buffer.getvalue()))
-
-
-def _axes(**labels: str) -> tuple[Any, Any]:
-    """A drawing with plain axes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
-    axes = figure.subplots()
-    axes.set(**labels)
-    axes.grid(color="#8884", linewidth=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
 def _bars(axes: Any, places: list[float], figures: list[dict[str, float]], label: str, style: str = "-") -> None:
     """A line through figures with their intervals."""
     values = [figure["value"] for figure in figures]
@@ -131,7 +108,7 @@ def _bars(axes: Any, places: list[float], figures: list[dict[str, float]], label
 
 def _steps_plot(evaluation: dict[str, Any]) -> Any:
     """Fréchet distance by denoiser calls, a line a sampler."""
-    figure, axes = _axes(xlabel="denoiser calls for a picture", ylabel="Fréchet distance")
+    figure, axes = plot(_HEIGHT, xlabel="denoiser calls for a picture", ylabel="Fréchet distance")
     points = evaluation["figures"]["steps"]
     for sampler in dict.fromkeys(point["sampler"] for point in points):
         own = [point for point in points if point["sampler"] == sampler]
@@ -145,7 +122,7 @@ def _steps_plot(evaluation: dict[str, Any]) -> Any:
 
 def _levels_plot(evaluations: list[dict[str, Any]]) -> Any:
     """Held-out loss by noise level, a line a model."""
-    figure, axes = _axes(xlabel="sigma", ylabel="loss on held-out pictures", xscale="log")
+    figure, axes = plot(_HEIGHT, xlabel="sigma", ylabel="loss on held-out pictures", xscale="log")
     for number, evaluation in enumerate(evaluations):
         levels = evaluation["figures"]["heldout_loss_by_level"]
         label = ("this model", "the other")[number]
@@ -157,7 +134,7 @@ def _levels_plot(evaluations: list[dict[str, Any]]) -> Any:
 
 def _denoising_plot(evaluation: dict[str, Any]) -> Any:
     """Signal-to-noise ratio by noise level, a line a method."""
-    figure, axes = _axes(xlabel="sigma of the noise, for values in [-1, 1]", ylabel="PSNR, dB", xscale="log")
+    figure, axes = plot(_HEIGHT, xlabel="sigma of the noise, for values in [-1, 1]", ylabel="PSNR, dB", xscale="log")
     levels = evaluation["figures"]["denoising"]
     for method in next(iter(levels.values())):
         own = [each[method] for each in levels.values()]

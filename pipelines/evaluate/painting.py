@@ -37,11 +37,11 @@ def paint(config: EvaluateConfig, uri: str, orders: Orders) -> tuple[dict[str, P
     }
     done = {stem: found for stem in chunks if (found := storage.find_part(uri, stem, ".npy"))}
     missing = {stem: requests for stem, requests in chunks.items() if stem not in done}
-    progress = Progress("evaluate", _count(chunks), "pictures", done=_count(chunks) - _count(missing))
-    made = 0
+    made = sum(len(chunks[stem]) for stem in done)
+    progress = Progress("evaluate", sum(map(len, orders.values())), "pictures", done=made)
     for stem in _painter(config, len(missing))(config, uri, missing):
         made += len(missing[stem])
-        progress.update(_count(chunks) - _count(missing) + made)
+        progress.update(made)
     parts = {stem: done.get(stem) or storage.find_part(uri, stem, ".npy") for stem in chunks}
     kept = {stem: part for stem, part in parts.items() if part is not None}
     pictures = {
@@ -131,7 +131,3 @@ def _keep(uri: str, stem: str, pictures: list[Pixels]) -> None:
     buffer = io.BytesIO()
     np.save(buffer, np.stack(pictures))
     storage.put_part(uri, stem, ".npy", buffer.getvalue())
-
-
-def _count(chunks: Chunks) -> int:
-    return sum(map(len, chunks.values()))

@@ -1,11 +1,8 @@
 """What a person looks at before training: a contact sheet per class, and the page dataset.html."""
 
-import base64
 import io
-from importlib import resources
 from typing import Any
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +14,7 @@ from pipelines.images import from_png, stored, to_png
 from pipelines.ingest.plan import shown_of
 from pipelines.ingest.shards import pictures
 from pipelines.ingest.units import to_parquet
-from pipelines.report import grid
+from pipelines.report import data_uri, grid, render
 
 _THUMBNAIL = 64
 _COLUMNS = 12
@@ -87,14 +84,13 @@ def _small(data: bytes, manifest: dict[str, Any]) -> bytes:
 
 
 def _page(manifest: dict[str, Any], uri: str, sheets: dict[str, bytes]) -> str:
-    text = resources.files("pipelines").joinpath("dataset.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"size": _size, "count": lambda number: f"{number:,}"}
+    filters = {"size": _size, "count": lambda number: f"{number:,}"}
     rows = {split: sum(shard["rows"] for shard in shards) for split, shards in manifest["shards"].items()}
-    data = {name: "data:image/png;base64," + base64.b64encode(png).decode() for name, png in sheets.items()}
+    data = {name: data_uri(png) for name, png in sheets.items()}
     stored_bytes = sum(shard["bytes"] for shards in manifest["shards"].values() for shard in shards)
-    return environment.from_string(text).render(
-        **manifest, uri=uri, rows=rows, sheets=data, explained=_REASONS, stored_bytes=stored_bytes,
+    return render(
+        "pipelines", "dataset.html.j2", filters, **manifest, uri=uri, rows=rows,
+        sheets=data, explained=_REASONS, stored_bytes=stored_bytes,
         digest=uri.rsplit("/", 1)[1], largest=max(manifest["classes"].values(), default=1),
     )  # fmt: skip
 

@@ -4,7 +4,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import torch
 
 from diffusion_core.noise import derive_seeds, uniform
@@ -16,22 +15,17 @@ from pipelines.images import to_floats
 _BATCHES_AHEAD = 2
 
 
-def labels_of(rows: Rows, classes: int) -> torch.Tensor | None:
-    """Labels [B], the null class `classes` where a picture has none; None for a network without classes."""
-    return torch.from_numpy(np.where(rows.labels < 0, classes, rows.labels)) if classes else None
-
-
 def to_batch(rows: Rows, place: torch.Tensor, config: TrainConfig, step: int, classes: int) -> Batch:
     """Rows as a batch on the device of `place`, mirrored by a key of (seed, step, sample) where the settings say so."""
     x0, ids = torch.from_numpy(to_floats(rows.pixels)), torch.from_numpy(rows.ids)
     if config.flip:
         flips = uniform(derive_seeds(config.seed, ids), "train_flip", step) < 0.5
         x0 = torch.where(flips[:, None, None, None], x0.flip(-1), x0)
-    label = labels_of(rows, classes)
+    label = rows.labels_of(classes)
     x0 = x0.contiguous(memory_format=torch.channels_last)
     return Batch(
         _moved(x0, place.device),
-        None if label is None else _moved(label, place.device),
+        None if label is None else _moved(torch.from_numpy(label), place.device),
         _moved(ids, place.device),
         place,
     )

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion_core.losses import LEVELS, heldout_loss
@@ -14,7 +13,6 @@ from diffusion_core.strategies import Ranks
 from diffusion_core.training import TrainState
 from pipelines.dataset import Dataset, Rows
 from pipelines.images import to_floats
-from pipelines.train.batches import labels_of
 
 # Picture i is looked at with level i modulo the number of LEVELS.
 _PICTURES = 384
@@ -35,7 +33,8 @@ def heldout_share(dataset: Dataset, ranks: Ranks) -> Share | None:
     rows = dataset.read("heldout", _PICTURES)
     count = len(rows.ids)
     own = np.arange(ranks.rank, -(-count // ranks.world) * ranks.world, ranks.world)
-    return Share(_part(rows, np.minimum(own, count - 1)), int((own < count).sum()))
+    where = np.minimum(own, count - 1)
+    return Share(Rows(rows.pixels[where], rows.labels[where], rows.ids[where]), int((own < count).sum()))
 
 
 @torch.no_grad()
@@ -44,7 +43,7 @@ def loss_sums(state: TrainState, share: Share, device: torch.device) -> list[flo
     rows, classes = share.rows, state.denoiser.config.unet.classes
     with averaged(state):
         parts = [
-            _losses(state, _part(rows, np.arange(first, min(first + _AT_A_TIME, len(rows.ids)))), classes, device)
+            _losses(state, rows.cut(first, first + _AT_A_TIME), classes, device)
             for first in range(0, len(rows.ids), _AT_A_TIME)
         ]
     losses, levels = torch.cat(parts).cpu().double().numpy()[: share.real], rows.ids[: share.real] % len(LEVELS)
@@ -74,10 +73,6 @@ def averaged(state: TrainState) -> Iterator[None]:
         state.network.train()
 
 
-def _part(rows: Rows, where: NDArray[np.int64]) -> Rows:
-    return Rows(rows.pixels[where], rows.labels[where], rows.ids[where])
-
-
 def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
     for name, value in source.items():
         target[name].copy_(value)
@@ -87,6 +82,6 @@ def _losses(state: TrainState, rows: Rows, classes: int, device: torch.device) -
     """Losses [B] of a few pictures."""
     x0 = torch.from_numpy(to_floats(rows.pixels)).to(device, memory_format=torch.channels_last)
     ids = torch.from_numpy(rows.ids).to(device)
-    label = labels_of(rows, classes)
+    label = rows.labels_of(classes)
     sigma = torch.tensor(LEVELS, device=device)[ids % len(LEVELS)]
-    return heldout_loss(state.denoiser, x0, ids, sigma, None if label is None else label.to(device))
+    return heldout_loss(state.denoiser, x0, ids, sigma, None if label is None else torch.from_numpy(label).to(device))
