@@ -78,7 +78,7 @@ def collect(
         "rows": {split: sum(shard["rows"] for shard in shards) for split, shards in dataset["shards"].items()},
         "training": {"settings": model["lineage"]["settings"], "curves": json.loads(
             read_file(uris["train"], model, "curve.json"))},
-        "figures": evaluation["figures"], "bulk": {"rows": images["rows"], "shards": len(images["parts"])},
+        "figures": evaluation["figures"], "bulk": {"rows": images["counts"]["made"], "shards": len(images["parts"])},
     }  # fmt: skip
 
 

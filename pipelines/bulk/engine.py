@@ -1,0 +1,110 @@
+"""One engine for several shards at once: rows of the next are in it before the last of one shard are done."""
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from diffusion_core.lanes import Finished
+from diffusion_core.tasks import Request
+from pipelines.bulk.inputs import Rejection
+from pipelines.images import Pixels, to_bytes
+from pipelines.requests import ImageRequest, RequestError, core_request
+from pipelines.worker import Worker
+
+End = Pixels | Rejection
+
+
+class Painted(NamedTuple):
+    """The ends of rows in order, each a picture uint8 [H, W, 3] or why there is none; the denoiser calls they took."""
+
+    ends: list[End]
+    calls: int
+
+
+@dataclass
+class _Batch:
+    """Rows that came together: which are still on their way, by ticket, and what became of the others."""
+
+    requests: list[Request | Rejection]
+    future: "Future[Painted]"
+    ends: dict[int, End] = field(default_factory=dict)
+    calls: int = 0
+
+
+class Shared:
+    """A worker's engine behind a thread of its own, which alone touches it; any thread may ask for pictures.
+
+    `seconds` counts the time that the device has worked.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker, self.seconds = worker, 0.0
+        self._inbox: queue.SimpleQueue[_Batch] = queue.SimpleQueue()
+        self._flying: dict[int, tuple[_Batch, int]] = {}
+        self._admitting: _Batch | None = None
+        threading.Thread(target=self._run, name="engine", daemon=True).start()
+
+    def paint(self, requests: Sequence[ImageRequest | Rejection]) -> Painted:
+        """The ends of requests; waits for them, while others' are on their way as well.
+
+        Raises what the engine raises where it breaks.
+        """
+        batch = _Batch([self._core(request) for request in requests], Future())
+        self._inbox.put(batch)
+        return batch.future.result()
+
+    def _core(self, request: ImageRequest | Rejection) -> Request | Rejection:
+        """A request in the core's terms, or why there is none."""
+        try:
+            return request if isinstance(request, Rejection) else core_request(request, self.worker.model.config)
+        except RequestError as error:
+            return Rejection("refused", str(error))
+
+    def _run(self) -> None:
+        """Admit what has come, make a call, hand out what has ended; for ever."""
+        while True:
+            try:
+                self._step()
+            except Exception as error:  # noqa: BLE001  # whoever waits is told, whatever it is
+                waiting = [batch for batch, _ in self._flying.values()]
+                waiting += [] if self._admitting is None else [self._admitting]
+                for batch in {id(batch): batch for batch in waiting}.values():
+                    batch.future.set_exception(error)
+                self._flying.clear()
+                self._admitting = None
+
+    def _step(self) -> None:
+        while not self._flying or not self._inbox.empty():
+            self._admit(self._inbox.get())
+        begun = time.perf_counter()
+        ended = self.worker.engine.tick()
+        self.seconds += time.perf_counter() - begun
+        for end in ended:
+            batch, place = self._flying.pop(end.ticket)
+            batch.ends[place] = _end_of(end)
+            self._settle(batch)
+
+    def _admit(self, batch: _Batch) -> None:
+        self._admitting = batch
+        before = self.worker.engine.pending_calls
+        for place, request in enumerate(batch.requests):
+            if isinstance(request, Request):
+                self._flying[self.worker.engine.submit(request, "bulk")] = (batch, place)
+            else:
+                batch.ends[place] = request
+        batch.calls = self.worker.engine.pending_calls - before
+        self._admitting = None
+        self._settle(batch)
+
+    def _settle(self, batch: _Batch) -> None:
+        """Hand out a batch whose rows have all ended."""
+        if len(batch.ends) == len(batch.requests):
+            batch.future.set_result(Painted([batch.ends[at] for at in range(len(batch.ends))], batch.calls))
+
+
+def _end_of(end: Finished) -> End:
+    return Rejection("failed", str(end.error)) if end.picture is None else to_bytes(end.picture[None].cpu().numpy())[0]

@@ -1,0 +1,133 @@
+"""Shards made and committed: by a pool of workers on the whole cluster, or by a running service."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pipelines.bulk.engine import End, Shared
+from pipelines.bulk.inputs import Rejection, read_requests
+from pipelines.bulk.job import Job
+from pipelines.bulk.numerics import pin, pinned
+from pipelines.bulk.shards import Numerics, Record, commit_shard, record_of
+from pipelines.config import GenerateConfig, PipelineError
+from pipelines.model import load_model
+from pipelines.requests import ImageRequest
+from pipelines.worker import load_worker, pool_size
+
+# Shards that a worker has at once: rows of the second fill the batch while the last of the first are made.
+_AT_ONCE = 2
+# Tasks of Ray at most, each some neighbouring shards: what the driver holds does not grow with the table.
+_TASKS = 1000
+Made = tuple[int, Record]
+
+
+class ShardPainter:
+    """A worker of the stage's own: makes and commits whole shards on its device, several at once by threads."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.refusal = job, ""
+        lanes = job.config.lanes or int((pinned(job.uri) or {}).get("lanes", 0))
+        worker = load_worker(job.config.model, lanes=lanes)
+        self.numerics, self.shared, self.told = worker.profile, Shared(worker), 0.0
+        try:
+            pin(job.uri, self.numerics)
+        except PipelineError as error:  # told with each shard: Ray would start an actor again that fails here
+            self.refusal = str(error)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Row with the number of a `shard` -> that number and its record, or the `fault` that kept it from being."""
+        shard = int(row["shard"])
+        try:
+            if self.refusal:
+                raise PipelineError(self.refusal)
+            return {"shard": shard, "record": self._shard(shard), "fault": ""}
+        except PipelineError as error:
+            return {"shard": shard, "record": None, "fault": str(error)}
+
+    def _shard(self, shard: int) -> Record:
+        """A shard's record: another run's of the same job where there is one by now."""
+        found = record_of(self.job.uri, shard)
+        if found is not None:
+            return found
+        orders = self.job.orders(shard)
+        requests = read_requests(orders)
+        painted = self.shared.paint(requests)
+        spent = {"calls": painted.calls, "seconds": self._seconds()}
+        return commit_shard(self.job, shard, orders, requests, painted.ends, self.numerics, spent)
+
+    def _seconds(self) -> float:
+        """Seconds that the device has worked since they were last told: their sum over all shards is right."""
+        before, self.told = self.told, self.shared.seconds
+        return round(self.told - before, 3)
+
+
+def through_actors(job: Job, missing: Sequence[int]) -> Iterator[Made]:
+    """Shards made by a Ray Data pool of workers, one per device, as they come. Raises PipelineError on a fault."""
+    import ray
+    import ray.data
+
+    if not missing:
+        return
+    load_model(job.config.model)  # a damaged model is an error here, in one line, and not of an actor that starts again
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    pool = ray.data.ActorPoolStrategy(
+        size=pool_size(job.config.workers, len(missing)),
+        max_tasks_in_flight_per_actor=_AT_ONCE,
+        max_concurrent_calls_per_actor=_AT_ONCE,
+    )
+    rows = ray.data.from_items([{"shard": shard} for shard in missing], override_num_blocks=min(len(missing), _TASKS))
+    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    painted = rows.map(ShardPainter, fn_constructor_args=(job,), compute=pool, num_cpus=1, num_gpus=gpus)
+    for row in painted.iter_rows():
+        if row["fault"]:
+            raise PipelineError(row["fault"])
+        yield int(row["shard"]), row["record"]
+
+
+def through_service(job: Job, missing: Sequence[int]) -> Iterator[Made]:
+    """Shards made by the running service, some in flight at once, and committed here."""
+    service = _Service(job.config)
+    pin(job.uri, service.numerics)
+    flying: deque[tuple[int, Any]] = deque()
+    todo = deque(missing)
+    while todo or flying:
+        while todo and len(flying) < _AT_ONCE:
+            shard = todo.popleft()
+            orders = job.orders(shard)
+            requests = read_requests(orders)
+            asked = [request for request in requests if isinstance(request, ImageRequest)]
+            flying.append((shard, (orders, requests, asked, service.ask(asked))))
+        shard, (orders, requests, asked, answer) = flying.popleft()
+        answers = iter(service.ends(asked, answer))
+        ends = [request if isinstance(request, Rejection) else next(answers) for request in requests]
+        spent = {"calls": sum(request.steps for request in asked), "seconds": 0.0}
+        yield shard, commit_shard(job, shard, orders, requests, ends, service.numerics, spent)
+
+
+class _Service:
+    """The running service: what it is asked, and what it answers."""
+
+    def __init__(self, config: GenerateConfig) -> None:
+        from ray import serve
+
+        self.uri = config.model
+        self.handle = serve.get_deployment_handle("Model", app_name=config.app)
+        self.numerics: Numerics = self.handle.describe.remote().result()["numerics"]
+
+    def ask(self, requests: list[ImageRequest]) -> Any:
+        """Send rows; what `ends` takes."""
+        return self.handle.paint.remote(requests, self.uri)
+
+    def ends(self, requests: list[ImageRequest], answer: Any) -> list[End]:
+        """A picture uint8 [H, W, 3] for each request, or why there is none.
+
+        Raises PipelineError where the service runs another model.
+        """
+        try:
+            return list(answer.result())
+        except PipelineError as error:
+            if len(requests) == 1 and not str(error).startswith("model:"):
+                return [Rejection("refused", str(error))]
+            if len(requests) < 2:
+                raise
+            return [end for request in requests for end in self.ends([request], self.ask([request]))]
