@@ -125,6 +125,15 @@ def data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
+def bytes_told(size: float) -> str:
+    """Bytes in the unit that reads best."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
 def _smooth(values: np.ndarray[Any, np.dtype[np.float64]], keep: float = 0.8) -> list[float]:
     """Exponential mean, without its bias towards the first value."""
     out, total, weight = list[float](), 0.0, 0.0

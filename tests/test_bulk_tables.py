@@ -88,7 +88,7 @@ def test_a_table_of_any_kind_gives_the_pictures_that_its_rows_ask_for(tmp_path, 
         (["class", "seeed"], [], r"column 'seeed' means nothing here; did you mean 'seed'\? .*--carry seeed"),
         (["class", "prompt"], [], "columns 'class' and 'prompt' are the same thing"),
         (["class", "seed"], ["order"], "--carry order: no such column; there are class, seed"),
-        (["class", "sha256"], ["sha256"], "--carry sha256: the output has such a column"),
+        (["class", "sha256"], ["sha256"], "--carry sha256: the output has such a column anyway"),
     ],
 )
 @pytest.mark.parametrize("write", [csv_of, jsonl_of, parquet_of])

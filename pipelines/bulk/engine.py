@@ -8,8 +8,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from diffusion_core.config import ModelConfig
 from diffusion_core.lanes import Finished
-from diffusion_core.tasks import Request
+from diffusion_core.tasks import Request, prepare
 from pipelines.bulk.inputs import Rejection
 from pipelines.images import Pixels, to_bytes
 from pipelines.requests import ImageRequest, RequestError, core_request
@@ -38,11 +39,12 @@ class _Batch:
 class Shared:
     """A worker's engine behind a thread of its own, which alone touches it; any thread may ask for pictures.
 
-    `seconds` counts the time that the device has worked.
+    `take_seconds` says how long the device has worked.
     """
 
     def __init__(self, worker: Worker) -> None:
-        self.worker, self.seconds = worker, 0.0
+        self.worker = worker
+        self._seconds: queue.SimpleQueue[float] = queue.SimpleQueue()
         self._inbox: queue.SimpleQueue[_Batch] = queue.SimpleQueue()
         self._flying: dict[int, tuple[_Batch, int]] = {}
         self._admitting: _Batch | None = None
@@ -56,6 +58,15 @@ class Shared:
         batch = _Batch([self._core(request) for request in requests], Future())
         self._inbox.put(batch)
         return batch.future.result()
+
+    def take_seconds(self) -> float:
+        """Seconds that the device has worked since this was asked last: their sum over all shards is right."""
+        total = 0.0
+        while True:
+            try:
+                total += self._seconds.get_nowait()
+            except queue.Empty:
+                return round(total, 3)
 
     def _core(self, request: ImageRequest | Rejection) -> Request | Rejection:
         """A request in the core's terms, or why there is none."""
@@ -82,7 +93,7 @@ class Shared:
             self._admit(self._inbox.get())
         begun = time.perf_counter()
         ended = self.worker.engine.tick()
-        self.seconds += time.perf_counter() - begun
+        self._seconds.put(time.perf_counter() - begun)
         for end in ended:
             batch, place = self._flying.pop(end.ticket)
             batch.ends[place] = _end_of(end)
@@ -108,3 +119,12 @@ class Shared:
 
 def _end_of(end: Finished) -> End:
     return Rejection("failed", str(end.error)) if end.picture is None else to_bytes(end.picture[None].cpu().numpy())[0]
+
+
+def calls_of(request: ImageRequest, model: ModelConfig) -> int:
+    """Denoiser calls that a request takes; 0 of one that is refused."""
+    try:
+        plan = prepare(core_request(request, model), model).plan
+    except RequestError:
+        return 0
+    return 0 if plan is None else len(plan)

@@ -21,6 +21,7 @@ from pipelines.worker import Worker, load_worker, pool_size
 
 _SAMPLE = 64
 _TICKS = 4
+_FEWEST_CALLS = 0.1
 
 
 def rehearse(command: GenerateCommand) -> None:
@@ -94,9 +95,11 @@ def _expected(command: GenerateCommand, rows: int, shards: int, sample: list[Ima
 def _measured(worker: Worker, sample: list[ImageRequest]) -> tuple[float, float]:
     """Denoiser calls a picture, and calls a second with full lanes, by ticks after one to warm up."""
     engine, config = worker.engine, worker.model.config
-    copies = -(-engine.lanes // len(sample))
-    tickets = [engine.submit(core_request(request, config), "bulk") for request in sample * copies]
-    calls = engine.pending_calls / len(tickets)
+    asked = [core_request(request, config) for request in sample]
+    tickets = [engine.submit(request, "bulk") for request in asked]
+    calls = max(engine.pending_calls / len(tickets), _FEWEST_CALLS)
+    for _ in range(int(engine.lanes * (_TICKS + 1) / (calls * len(asked)))):
+        tickets += [engine.submit(request, "bulk") for request in asked]
     engine.tick()
     before, begun = engine.pending_calls, time.perf_counter()
     for _ in range(_TICKS):

@@ -1,6 +1,6 @@
 """What a person looks at after a job: a contact sheet, what was edited beside what came out, and the page."""
 
-import json
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +12,7 @@ from pipelines.config import PipelineError
 from pipelines.image_sets import Row, rejected_of, rows_of
 from pipelines.images import Limits, Pixels, decode, decode_alpha, fit, to_png
 from pipelines.progress import duration
-from pipelines.report import data_uri, grid, render
+from pipelines.report import bytes_told, data_uri, grid, render
 
 PAGE = "images.html"
 _COLUMNS, _PARTS, _ROWS_OF_PART = 12, 12, 8
@@ -26,13 +26,19 @@ def add_page(uri: str, manifest: dict[str, Any], bill: Bill) -> dict[str, Any]:
     """Write contact sheet and page; the manifest with the sheet."""
     rows = list(_shown(uri, manifest))
     if not rows:
+        storage.write_bytes(
+            storage.join(uri, PAGE), _page(uri, manifest, bill, {"sheet": None, "edits": None}).encode()
+        )
         return manifest
     side = min(_THUMBNAIL, max(decode(rows[0]["image"]["bytes"], _LIMITS).image.size))
-    sheet = to_png(grid(np.stack([_small(row["image"]["bytes"], side) for row in rows]), _COLUMNS))
-    pairs = [pair for row in rows if (pair := _pair(row, side)) is not None][:_PAIRS]
+    columns = min(_COLUMNS, len(rows))
+    sheet = to_png(grid(np.stack([_small(row["image"]["bytes"], side) for row in rows]), columns))
+    found = (pair for row in rows if (pair := _pair(row, side)) is not None)
+    pairs = list(itertools.islice(found, _PAIRS))
     edits = to_png(grid(np.concatenate(list(zip(*pairs, strict=True))), len(pairs))) if pairs else None
     manifest = {**manifest, "contact": storage.put_part(uri, "contact/sheet", ".png", sheet)}
-    html = _page(uri, manifest, bill, data_uri(sheet), data_uri(edits) if edits else "")
+    sheets = {"sheet": (data_uri(sheet), columns), "edits": (data_uri(edits), len(pairs)) if edits else None}
+    html = _page(uri, manifest, bill, sheets)
     storage.write_bytes(storage.join(uri, PAGE), html.encode())
     return manifest
 
@@ -73,13 +79,14 @@ def _small(data: bytes, side: int) -> Pixels:
     return fit(decode(data, _LIMITS).image, side, "pad")
 
 
-def _page(uri: str, manifest: dict[str, Any], bill: Bill, sheet: str, edits: str) -> str:
+def _page(uri: str, manifest: dict[str, Any], bill: Bill, sheets: dict[str, tuple[str, int] | None]) -> str:
+    """The page; of each sheet the address that holds it and its columns."""
     rejected: list[Row] = []
     for part in manifest["parts"]:
         rejected += rejected_of(uri, part)[: _REJECTED - len(rejected)] if len(rejected) < _REJECTED else []
-    filters = {"count": lambda number: f"{number:,}", "duration": duration, "json": json.dumps}
+    filters = {"count": lambda number: f"{number:,}", "duration": duration, "size": bytes_told}
     return render(
-        "pipelines.bulk", "images.html.j2", filters, **manifest, uri=uri, digest=uri.rsplit("/", 1)[1], sheet=sheet,
-        edits=edits, rejected=rejected, bill=bill.as_json(), stored=sum(part["bytes"] for part in manifest["parts"]),
+        "pipelines.bulk", "images.html.j2", filters, **manifest, uri=uri, digest=uri.rsplit("/", 1)[1],
+        **sheets, rejected=rejected, bill=bill.as_json(), stored=sum(part["bytes"] for part in manifest["parts"]),
         numerics=manifest["parts"][0]["numerics"],
     )  # fmt: skip

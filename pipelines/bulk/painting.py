@@ -1,18 +1,20 @@
 """Shards made and committed: by a pool of workers on the whole cluster, or by a running service."""
 
+import contextlib
+import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pipelines.bulk.engine import End, Shared
+from pipelines.bulk.engine import End, Shared, calls_of
 from pipelines.bulk.inputs import Rejection, read_requests
 from pipelines.bulk.job import Job
 from pipelines.bulk.numerics import pin, pinned
 from pipelines.bulk.shards import Numerics, Record, commit_shard, record_of
 from pipelines.config import GenerateConfig, PipelineError
-from pipelines.model import load_model
-from pipelines.requests import ImageRequest
-from pipelines.worker import load_worker, pool_size
+from pipelines.model import load_config, load_model
+from pipelines.requests import ImageRequest, RequestError
+from pipelines.worker import Worker, load_worker, pool_size
 
 # Shards that a worker has at once: rows of the second fill the batch while the last of the first are made.
 _AT_ONCE = 2
@@ -26,9 +28,8 @@ class ShardPainter:
 
     def __init__(self, job: Job) -> None:
         self.job, self.refusal = job, ""
-        lanes = job.config.lanes or int((pinned(job.uri) or {}).get("lanes", 0))
-        worker = load_worker(job.config.model, lanes=lanes)
-        self.numerics, self.shared, self.told = worker.profile, Shared(worker), 0.0
+        worker = _worker(job)
+        self.numerics, self.shared = worker.profile, Shared(worker)
         try:
             pin(job.uri, self.numerics)
         except PipelineError as error:  # told with each shard: Ray would start an actor again that fails here
@@ -40,9 +41,9 @@ class ShardPainter:
         try:
             if self.refusal:
                 raise PipelineError(self.refusal)
-            return {"shard": shard, "record": self._shard(shard), "fault": ""}
+            return {"shard": shard, "record": json.dumps(self._shard(shard)), "fault": ""}
         except PipelineError as error:
-            return {"shard": shard, "record": None, "fault": str(error)}
+            return {"shard": shard, "record": "", "fault": str(error)}
 
     def _shard(self, shard: int) -> Record:
         """A shard's record: another run's of the same job where there is one by now."""
@@ -52,13 +53,20 @@ class ShardPainter:
         orders = self.job.orders(shard)
         requests = read_requests(orders)
         painted = self.shared.paint(requests)
-        spent = {"calls": painted.calls, "seconds": self._seconds()}
+        spent = {"calls": painted.calls, "seconds": self.shared.take_seconds()}
         return commit_shard(self.job, shard, orders, requests, painted.ends, self.numerics, spent)
 
-    def _seconds(self) -> float:
-        """Seconds that the device has worked since they were last told: their sum over all shards is right."""
-        before, self.told = self.told, self.shared.seconds
-        return round(self.told - before, 3)
+
+def _worker(job: Job) -> Worker:
+    """The model on a device; where the lanes are to be measured, as many as the job's first worker found best."""
+    lanes = job.config.lanes or int((pinned(job.uri) or {}).get("lanes", 0))
+    worker = load_worker(job.config.model, lanes=lanes)
+    if lanes == 0:
+        with contextlib.suppress(PipelineError):
+            pin(job.uri, worker.profile)
+        first = int((pinned(job.uri) or {}).get("lanes", 0))
+        return worker if first == worker.profile["lanes"] else load_worker(job.config.model, lanes=first)
+    return worker
 
 
 def through_actors(job: Job, missing: Sequence[int]) -> Iterator[Made]:
@@ -81,7 +89,7 @@ def through_actors(job: Job, missing: Sequence[int]) -> Iterator[Made]:
     for row in painted.iter_rows():
         if row["fault"]:
             raise PipelineError(row["fault"])
-        yield int(row["shard"]), row["record"]
+        yield int(row["shard"]), json.loads(row["record"])
 
 
 def through_service(job: Job, missing: Sequence[int]) -> Iterator[Made]:
@@ -100,7 +108,7 @@ def through_service(job: Job, missing: Sequence[int]) -> Iterator[Made]:
         shard, (orders, requests, asked, answer) = flying.popleft()
         answers = iter(service.ends(asked, answer))
         ends = [request if isinstance(request, Rejection) else next(answers) for request in requests]
-        spent = {"calls": sum(request.steps for request in asked), "seconds": 0.0}
+        spent = {"calls": sum(calls_of(request, service.model) for request in asked), "seconds": 0.0}
         yield shard, commit_shard(job, shard, orders, requests, ends, service.numerics, spent)
 
 
@@ -112,6 +120,7 @@ class _Service:
 
         self.uri = config.model
         self.handle = serve.get_deployment_handle("Model", app_name=config.app)
+        self.model = load_config(config.model)
         self.numerics: Numerics = self.handle.describe.remote().result()["numerics"]
 
     def ask(self, requests: list[ImageRequest]) -> Any:
@@ -126,8 +135,9 @@ class _Service:
         try:
             return list(answer.result())
         except PipelineError as error:
-            if len(requests) == 1 and not str(error).startswith("model:"):
-                return [Rejection("refused", str(error))]
-            if len(requests) < 2:
+            cause = getattr(error, "cause", error)
+            if not (isinstance(cause, RequestError) or str(cause).startswith("request ")):
                 raise
+            if len(requests) == 1:
+                return [Rejection("refused", str(cause))]
             return [end for request in requests for end in self.ends([request], self.ask([request]))]

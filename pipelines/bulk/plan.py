@@ -61,12 +61,11 @@ def checked_rows(config: GenerateConfig, info: ObjectInfo, path: str, model: str
     for number, (row, unreadable) in enumerate(rows_of_table(info.uri, path, config.carry)):
         staged: dict[str, Any] = {"row": number, "refused": unreadable}
         if not unreadable:
-            carried = {name: row.pop(name, None) for name in config.carry}
             try:
+                staged |= {f"{CARRIED}{name}": _fitting(name, row.pop(name, None), types[name]) for name in types}
                 staged |= checker.staged(row)
-                staged |= {f"{CARRIED}{name}": _fitting(name, carried[name], types[name]) for name in carried}
             except RequestError as error:
-                staged = {"row": number, "refused": str(error)}
+                staged["refused"] = str(error)
         yield staged
 
 
@@ -130,7 +129,7 @@ def _staged_table(config: GenerateConfig, uri: str, model: str) -> Table:
 
 
 def _stage(config: GenerateConfig, uri: str, info: ObjectInfo, path: str, model: str) -> dict[str, Any]:
-    """Check and stage all rows. Raises PipelineError where some are wrong, and leaves nothing then."""
+    """Check and stage all rows. Raises PipelineError where some are wrong."""
     folder, bad, rows = storage.join(uri, STAGING), Bad(), 0
     staging = _Staging(folder, staged_schema(carried_types(info.uri, path, config.carry)))
     progress = Progress("check", 0, "rows")
@@ -142,12 +141,10 @@ def _stage(config: GenerateConfig, uri: str, info: ObjectInfo, path: str, model:
             staging.add(shard)
         progress.total = rows + 1
         progress.update(rows)
-    staging.close()
-    told = {"digest": table_digest(info), "rows": rows, "refused": bad.count, "bad": bad.rows, "parts": staging.parts}
     if not rows or (bad.count and not config.skip_bad):
-        storage.remove_folder(folder)
         raise refused_rows(info.uri, rows, bad)
-    return told
+    staging.close()
+    return {"digest": table_digest(info), "rows": rows, "refused": bad.count, "bad": bad.rows, "parts": staging.parts}
 
 
 @dataclass

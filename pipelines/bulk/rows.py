@@ -49,8 +49,8 @@ def check_columns(table: str, columns: Iterable[str], carried: Iterable[str]) ->
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
             raise PipelineError(f"{table}: column {name!r} means nothing here; {hint} To take it along: --carry {name}")
     for name in carried:
-        if name in row_columns():
-            raise PipelineError(f"{table}: --carry {name}: the output has such a column; rename it in the table")
+        if name in known or name in row_columns():
+            raise PipelineError(f"{table}: --carry {name}: the output has such a column anyway; leave the flag out")
     if {"class", "prompt"} <= set(columns):
         raise PipelineError(f"{table}: columns 'class' and 'prompt' are the same thing; leave one out")
 

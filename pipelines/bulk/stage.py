@@ -14,6 +14,7 @@ from pipelines.bulk.shards import Record, committed, write_metadata
 from pipelines.config import GenerateConfig, InterruptedRunError, Outcome, PipelineError, what
 from pipelines.progress import Progress, print_line
 
+_MOST_PNGS = 100_000
 _PAINT: dict[str, Callable[[Job, Sequence[int]], Iterator[Made]]] = {
     "actors": through_actors, "serve": through_service,
 }  # fmt: skip
@@ -32,6 +33,8 @@ def run(config: GenerateConfig) -> Outcome:
     allowed; and where storage or devices fail for longer than is retried. What was done by then is kept.
     """
     job = plan_job(config, job_uri(config))
+    if config.format == "png" and job.rows > _MOST_PNGS:
+        raise PipelineError(f"--format png is for sets up to {_MOST_PNGS} pictures, not {job.rows}; take webdataset")
     records: dict[int, Record] = {}
     try:
         records |= committed(job.uri)

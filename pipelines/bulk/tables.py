@@ -54,6 +54,7 @@ def rows_of_table(uri: str, path: str, carry: list[str]) -> Iterator[Read]:
 def carried_types(uri: str, path: str, carry: list[str]) -> dict[str, pa.DataType]:
     """Arrow types of the columns to carry: Parquet's own, of CSV text, of JSON by the first value."""
     if uri.lower().endswith(".parquet"):
+        next(_parquet(uri, path, carry), None)  # which checks the columns first
         schema = pq.read_schema(path)
         return {name: schema.field(name).type for name in carry}
     found: dict[str, pa.DataType] = {}
