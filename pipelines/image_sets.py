@@ -1,5 +1,6 @@
 """Sets of generated pictures in the store: the columns of a row, and the rows of a part in each format."""
 
+import functools
 import io
 import json
 import tarfile
@@ -18,6 +19,7 @@ _TYPES: dict[Any, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.f
 Row = dict[str, Any]
 
 
+@functools.cache
 def request_columns() -> dict[str, pa.DataType]:
     """Columns of all that a request may say but its files, with their Arrow types."""
     plain = [name for name in ImageRequest.model_fields if name not in (*_FIRST, *FILES)]

@@ -82,6 +82,7 @@ def through_actors(job: Job, missing: Sequence[int]) -> Iterator[Made]:
         size=pool_size(job.config.workers, len(missing)),
         max_tasks_in_flight_per_actor=_AT_ONCE,
         max_concurrent_calls_per_actor=_AT_ONCE,
+        enable_true_multi_threading=True,
     )
     rows = ray.data.from_items([{"shard": shard} for shard in missing], override_num_blocks=min(len(missing), _TASKS))
     gpus = 1 if ray.cluster_resources().get("GPU") else 0

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from pipelines.bulk.tables import carried_types, rows_of_table, table_digest
 from pipelines.config import GenerateConfig, PipelineError, identity, what
 from pipelines.image_sets import FILES, request_columns
 from pipelines.model import load_config, model_digest
-from pipelines.progress import Progress
+from pipelines.progress import print_line
 from pipelines.requests import RequestError
 from pipelines.storage import ObjectInfo
 
@@ -25,6 +26,7 @@ _PLAN = "plan.json"
 # A staged part holds so many rows or bytes: it is what a worker has in memory, and what it reads for one shard.
 _ROWS_IN_PART = 8192
 _BYTES_IN_PART = 16 * 2**20
+_TELL_EVERY_S = 5.0
 _SHOWN, _KEPT = 20, 1000
 
 
@@ -132,15 +134,16 @@ def _stage(config: GenerateConfig, uri: str, info: ObjectInfo, path: str, model:
     """Check and stage all rows. Raises PipelineError where some are wrong."""
     folder, bad, rows = storage.join(uri, STAGING), Bad(), 0
     staging = _Staging(folder, staged_schema(carried_types(info.uri, path, config.carry)))
-    progress = Progress("check", 0, "rows")
+    told = time.monotonic()
     checked = checked_rows(config, info, path, model)
     while shard := list(itertools.islice(checked, config.shard_size)):
         rows += len(shard)
         bad.add(shard)
         if not bad.count or config.skip_bad:
             staging.add(shard)
-        progress.total = rows + 1
-        progress.update(rows)
+        if time.monotonic() - told > _TELL_EVERY_S:
+            told = time.monotonic()
+            print_line(f"check: {rows} rows, {bad.count} of them wrong")
     if not rows or (bad.count and not config.skip_bad):
         raise refused_rows(info.uri, rows, bad)
     staging.close()

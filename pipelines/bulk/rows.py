@@ -28,7 +28,11 @@ Row = dict[str, Any]
 
 def settings_of(config: GenerateConfig, said: Row) -> Row:
     """All that is asked for, but seed and files: what a row says, and for the rest the flags."""
-    task = said.get("task", config.task)
+    return {**_defaults(config, said.get("task", config.task)), **said}
+
+
+def _defaults(config: GenerateConfig, task: str) -> Row:
+    """What the flags say of a task."""
     defaults = {
         name: getattr(config, name)
         for name in request_columns()
@@ -36,7 +40,7 @@ def settings_of(config: GenerateConfig, said: Row) -> Row:
     }
     if task == "denoise" and "guidance_scale" not in config.model_fields_set:
         defaults["guidance_scale"] = 1.0  # noise is taken away from what is there; no class is to be made plainer
-    return {**defaults, **said}
+    return defaults
 
 
 def check_columns(table: str, columns: Iterable[str], carried: Iterable[str]) -> None:
@@ -68,6 +72,7 @@ class Checker:
 
     def __init__(self, config: GenerateConfig, table: str, model: ModelConfig, names: tuple[str, ...]) -> None:
         self.config, self.table, self.names = config, table, names
+        self._defaults = functools.cache(functools.partial(_defaults, config))
         self._tried: Callable[[str], str] = functools.lru_cache(maxsize=4096)(functools.partial(_tried, model))
 
     def staged(self, row: Row) -> Row:
@@ -79,7 +84,9 @@ class Checker:
         files = {name: self._file(name, cells.pop(name)) for name in FILES if name in cells}
         said = {name: word(value) if name in _WORDS else value for name, value in cells.items()}
         seed = said.pop("seed", None)
-        request = _request({**settings_of(self.config, said), "seed": 0 if seed is None else seed})
+        request = _request(
+            {**self._defaults(said.get("task", self.config.task)), **said, "seed": 0 if seed is None else seed}
+        )
         settings = request.model_dump(exclude={"seed", *FILES})
         parent = settings["parent"]
         alike = {**settings, "parent": 0 if parent is not None and 0 <= parent < _SEEDS else parent}
