@@ -145,16 +145,20 @@ def _through_service(config: GenerateConfig, uri: str, missing: list[int]) -> It
     """Shards made by the running service, a few in flight at once, and committed here."""
     from ray import serve
 
-    model = serve.get_deployment_handle("Model", app_name=config.app)
-    numerics = model.describe.remote().result()["numerics"]
+    service = serve.get_app_handle(config.app)
+    numerics = service.describe_model.remote(config.model).result()["numerics"]
     flying: deque[tuple[int, Any]] = deque()
     todo = deque(missing)
     while todo or flying:
         while todo and len(flying) < _IN_FLIGHT:
             number = todo.popleft()
-            flying.append((number, model.paint.remote(requests_of(config, number), config.model)))
+            flying.append((number, service.paint_rows.remote(requests_of(config, number), config.model)))
         number, answer = flying.popleft()
-        yield number, commit_shard(config, uri, number, answer.result(), numerics)
+        pictures = answer.result()
+        failed = next((each for each in pictures if isinstance(each, str)), None)
+        if failed is not None:
+            raise PipelineError(f"{_stem(number)}: {failed}")
+        yield number, commit_shard(config, uri, number, pictures, numerics)
 
 
 def _publish(config: GenerateConfig, uri: str, parts: list[dict[str, Any]]) -> Outcome:
