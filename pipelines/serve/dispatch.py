@@ -67,7 +67,7 @@ class Dispatcher:
                 except StopAsyncIteration:
                     return
                 except TimeoutError:
-                    yield Refusal("timeout", f"timeout: no engine answered within {order.timeout:g} s", 10.0)
+                    yield Refusal("timeout", f"timeout: no engine answered within {order.timeout:.3g} s", 10.0)
                     return
                 if isinstance(event, Refusal) and event.reason == "failed":
                     raise EngineDiedError(event.message)
