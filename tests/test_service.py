@@ -2,6 +2,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import subprocess
 import threading
 import time
@@ -142,6 +143,7 @@ def test_the_openai_client_streams_generations_and_edits(service):
     assert from_png(base64.b64decode(made.data[0].url.removeprefix("data:image/png;base64,"))).shape == (8, 8, 3)
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl on this machine")
 def test_curl_and_requests_get_the_same_bytes(service):
     body = {"prompt": "cat", "seed": 1, "steps": 3}
     ours = requests_library.post(service.url + GENERATIONS, json=body, timeout=30).json()["data"]
