@@ -164,7 +164,7 @@ def cost(trial: Trial, request: Request) -> float:
     """Forward passes of the network, a vector-Jacobian product counted as measured."""
     job = prepare(request, trial.engine.model)
     rows = len(job.plan) if job.plan is not None else 0
-    products = job.solves + 1 if job.solves else 0
+    products = job.request.solves + 1 if job.request.solves else 0
     return rows * ((2 if request.guidance_scale != 1 else 1) + products * trial.product_cost)
 
 

@@ -99,15 +99,23 @@ def guidance(
     return Guidance(scale, *(torch.as_tensor(value).to(scale).expand(scale.shape) for value in (low, high, rescale)))
 
 
-def guided(denoiser: Denoiser, x: Tensor, sigma: Tensor, label: Tensor | None, how: Guidance) -> Tensor:
+def guided(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigma: Tensor,
+    label: Tensor | None,
+    how: Guidance,
+    negative: Tensor | None = None,
+) -> Tensor:
     """D_null + g·(D_label − D_null) (Ho & Salimans 2022, eq. 6) for x [B, C, H, W], sigma [B], label [B].
 
-    The unconditional pass is made for those samples alone that need it, in one batch with the conditional one.
+    With `negative` [B] its labels take the place of the null class, to lead away from them. The second pass is made for
+    those samples alone that need it, in one batch with the conditional one.
     """
     needs = how.needs(sigma)
     if label is None or not bool(needs.any()):
         return denoiser(x, sigma, label)
-    null = torch.full_like(label[needs], denoiser.config.unet.classes)
+    null = torch.full_like(label[needs], denoiser.config.unet.classes) if negative is None else negative[needs]
     both = denoiser(torch.cat((x, x[needs])), torch.cat((sigma, sigma[needs])), torch.cat((label, null)))
     return how.mix(both[: len(x)], both[len(x) :], needs)
 

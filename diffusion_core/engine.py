@@ -13,8 +13,8 @@ from torch import Tensor
 
 from diffusion_core.config import ModelConfig
 from diffusion_core.denoiser import Denoiser
-from diffusion_core.lanes import Finished, Key, Lane, Stepper, new_lane
-from diffusion_core.tasks import Request, prepare
+from diffusion_core.lanes import Finished, Lane, Stepper, new_lane
+from diffusion_core.tasks import Key, Request, key_of, prepare
 from diffusion_core.widths import agreeing_widths
 
 Priority = Literal["interactive", "bulk"]
@@ -105,12 +105,27 @@ class Engine:
             self._widths[tuple(shape)] = found
         return self._widths[tuple(shape)]
 
+    def has_room_for(self, request: Request, priority: Priority = "interactive") -> bool:
+        """Whether a request, once submitted, would be in the next batch of its kind.
+
+        Requests of less priority do not count. Raises ValueError as `prepare_for` does.
+        """
+        key = key_of(request, self.model)
+        before = _ORDER[: _ORDER.index(priority) + 1]
+        taken = sum(lane.width for each in before for lane in self._pools.get((each, key), {}).values())
+        return taken + request.width <= self.prepare_for(key[0])[-1]
+
     def cancel(self, ticket: int) -> bool:
         """Drop a request; its lanes are free at the next tick. False where it has ended or never was."""
         if ticket not in self._where:
             return False
         self._leave(ticket)
         return True
+
+    def calls_of(self, ticket: int) -> int:
+        """Denoiser calls that a request takes in all; 0 where it has ended, or needs none."""
+        place = self._where.get(ticket)
+        return 0 if place is None else len(self._pools[place][ticket].table)
 
     def progress(self, ticket: int) -> Progress:
         """How far a request is. Raises KeyError where it has ended or never was."""

@@ -13,10 +13,8 @@ from diffusion_core.denoiser import Denoiser, Guidance, guidance, guided
 from diffusion_core.inpainting import KnownRegion, steered
 from diffusion_core.noise import Purpose, nearby, normal
 from diffusion_core.samplers import Plan, Row, State, new_state, step
-from diffusion_core.tasks import Job
+from diffusion_core.tasks import Job, Key
 
-# Requests of one key may share a batch: their size, and the products of posterior guidance that they need
-Key = tuple[tuple[int, ...], int]
 _COLUMNS = 7  # of a table, before those of its history
 
 
@@ -87,12 +85,12 @@ class Stepper:
         crowd = lanes + [lanes[0]] * _padding(filled, widths)
         sigma, sigma_next, row = self._coefficients(crowd)
         batch = _joined(crowd, count, row.c.shape[1])
-        label, how = self._conditions(crowd, count)
+        label, negative, how = self._conditions(crowd, count)
         pull = batch.pull
         if solves:
-            denoised, pull = self._steer(crowd, batch, sigma, label, how, widths)
+            denoised, pull = self._steer(crowd, batch, sigma, label, negative, how, widths)
         else:
-            denoised = guided(self.denoiser, batch.state.x, sigma, label, how)
+            denoised = guided(self.denoiser, batch.state.x, sigma, label, how, negative)
         state = step(batch.state, row, denoised, self._fresh_noise(crowd, batch.state.x))
         state = state._replace(x=self._constrained(crowd, state.x, sigma_next))
         return _handed_out(lanes, _Batch(state, pull, denoised))
@@ -125,8 +123,8 @@ class Stepper:
         sigma, sigma_next, a, b, s, alpha, beta = table[:, :_COLUMNS].unbind(1)
         return sigma, sigma_next, Row(a, b, table[:, _COLUMNS:], s, alpha, beta)
 
-    def _conditions(self, lanes: list[Lane], count: int) -> tuple[Tensor | None, Guidance]:
-        """Labels [B] (None for a model without classes) and guidance; the padding is not guided."""
+    def _conditions(self, lanes: list[Lane], count: int) -> tuple[Tensor | None, Tensor | None, Guidance]:
+        """Labels [B] to lead to and away from (None for a model without classes), guidance; padding is not guided."""
         requests = [lane.job.request for lane in lanes]
         scales = [
             lane.job.request.guidance_scale if lane.guided and at < count else 1.0 for at, lane in enumerate(lanes)
@@ -134,8 +132,13 @@ class Stepper:
         rescales = [request.guidance_rescale for request in requests]
         how = guidance(self._tensor(scales, self.dtype), rescale=self._tensor(rescales, self.dtype))
         classes = self.denoiser.config.unet.classes
-        labels = [classes if request.label is None else request.label for request in requests]
-        return (self._tensor(labels, torch.int64) if classes else None), how
+        if not classes:
+            return None, None, how
+        label, negative = (
+            self._tensor([classes if each is None else each for each in column], torch.int64)
+            for column in zip(*((request.label, request.negative) for request in requests), strict=True)
+        )
+        return label, negative, how
 
     def _steer(
         self,
@@ -143,6 +146,7 @@ class Stepper:
         batch: _Batch,
         sigma: Tensor,
         label: Tensor | None,
+        negative: Tensor | None,
         how: Guidance,
         widths: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
@@ -151,13 +155,11 @@ class Stepper:
             at = batch.state.x.detach().requires_grad_()
             conditional = self.denoiser(at, sigma, label)
         denoised, needs = conditional.detach(), how.needs(sigma)
-        if label is not None and bool(needs.any()):
+        if negative is not None and bool(needs.any()):
             places = needs.nonzero()[:, 0]
             padded = torch.cat((places, places[:1].expand(_padding(len(places), widths))))
-            null = torch.full_like(label[padded], self.denoiser.config.unet.classes)
-            denoised = how.mix(
-                denoised, self.denoiser(batch.state.x[padded], sigma[padded], null)[: len(places)], needs
-            )
+            others = self.denoiser(batch.state.x[padded], sigma[padded], negative[padded])[: len(places)]
+            denoised = how.mix(denoised, others, needs)
 
         def product(vector: Tensor) -> Tensor:
             return torch.autograd.grad(conditional, at, vector, retain_graph=True)[0]
@@ -209,13 +211,12 @@ def new_lane(ticket: int, job: Job, plan: Plan) -> Lane:
     request = job.request
     columns = (plan.sigma, plan.sigma_next, plan.a, plan.b, plan.s, plan.alpha, plan.beta)
     within = (plan.sigma > request.guidance_low) & (plan.sigma <= request.guidance_high)
-    guided_at_all = request.label is not None and request.guidance_scale != 1
     return Lane(
         ticket=ticket,
         job=job,
-        key=(tuple(job.origin.shape), job.solves),
+        key=(tuple(job.origin.shape), request.solves),
         table=torch.cat((torch.stack(columns, dim=1), plan.c), dim=1),
-        wide=[guided_at_all and each for each in within.tolist()],
+        wide=[request.is_guided and each for each in within.tolist()],
         fresh=(plan.s != 0).tolist(),
     )
 

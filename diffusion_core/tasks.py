@@ -14,6 +14,8 @@ from diffusion_core.noise_level import estimate_sigma
 from diffusion_core.samplers import Plan, make_plan, model_grid, start_level
 from diffusion_core.schedules import grid_from, level_at
 
+# Requests of one key may share a batch: their size, and the products of posterior guidance that they need
+Key = tuple[tuple[int, ...], int]
 # What each task must be given, and what it may be given besides
 _NEEDS: dict[Task, tuple[frozenset[str], frozenset[str]]] = {
     "generate": (frozenset(), frozenset({"size"})),
@@ -35,13 +37,15 @@ class Request:
     from; `mask` [1, H, W] is 0 where it is kept, 1 where it is repainted, and may lie between. `noise_level` is the
     sigma of the noise to remove, estimated where it is None. `strength` in [0, 1] says how far to go from the picture
     (image_to_image) or from the picture of the seed `parent` (vary); at 0 they come back. `size` (H, W) is the model's
-    resolution where it is None. `label` None is the null class; the four guidance fields are those of Guidance.
+    resolution where it is None. `label` None is the null class; the four guidance fields are those of Guidance, which
+    leads away from the class `negative`, or from the null class where that is None.
     """
 
     seed: int
     task: Task = "generate"
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     label: int | None = None
+    negative: int | None = None
     guidance_scale: float = 1.0
     guidance_low: float = 0.0
     guidance_high: float = float("inf")
@@ -66,6 +70,21 @@ class Request:
             if given and name not in must | may:
                 raise ValueError(f"{name}: given, but the task {self.task} has no use for it; leave it out")
 
+    @property
+    def solves(self) -> int:
+        """Iterations of posterior guidance a row; 0 without."""
+        return self.inpainting.solves if self.task == "inpaint" and self.inpainting.method == "posterior" else 0
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether rows within the guidance interval need two passes."""
+        return self.label != self.negative and self.guidance_scale != 1
+
+    @property
+    def width(self) -> int:
+        """Network inputs of a row, at most."""
+        return 2 if self.is_guided else 1
+
 
 @dataclass(frozen=True, eq=False)
 class Job:
@@ -76,11 +95,12 @@ class Job:
     origin: Tensor
     noise: float
 
-    @property
-    def solves(self) -> int:
-        """Iterations of posterior guidance a row; 0 without."""
-        inpainting = self.request.inpainting
-        return inpainting.solves if self.request.task == "inpaint" and inpainting.method == "posterior" else 0
+
+def key_of(request: Request, model: ModelConfig) -> Key:
+    """What requests must have in common to share a batch."""
+    if request.picture is not None:
+        return tuple(request.picture.shape), request.solves
+    return (model.unet.channels, *_size(request, model)), request.solves
 
 
 def prepare(
@@ -181,6 +201,7 @@ def _check_settings(request: Request, model: ModelConfig) -> None:
     level = request.noise_level
     if level is not None and not model.sigma_min < level <= model.sigma_max:
         raise ValueError(f"noise_level: {level}; need more than {model.sigma_min} and at most {model.sigma_max}")
-    checks.classes("label", None if request.label is None else torch.tensor([request.label]), model.unet.classes)
+    for name, label in (("label", request.label), ("negative", request.negative)):
+        checks.classes(name, None if label is None else torch.tensor([label]), model.unet.classes)
     scale = torch.tensor([request.guidance_scale], dtype=torch.float64)
     guidance(scale, request.guidance_low, request.guidance_high, request.guidance_rescale)

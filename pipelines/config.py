@@ -368,6 +368,7 @@ class GenerateOptions(SampleOptions):
     seed: int = Field(1, ge=0, lt=2**62, description="a row without a seed has one derived from this and its number")
     task: Task = Field("generate", description="what is done for rows that name no task")
     prompt: str = Field("", description="class of a table's rows that name none; empty for any")
+    negative_prompt: str = Field("", description="class to lead away from, for rows that name none; needs guidance")
     inpainting: InpaintingName = Field("posterior", description="how to inpaint: posterior, or the faster replacement")
     solves: int = Field(2, ge=1, le=50, description="iterations of posterior guidance a step")
     resample: int = Field(1, ge=1, le=100, description="how often inpainting walks every five rows (RePaint)")
@@ -488,16 +489,90 @@ class EvaluateConfig(EvaluateOptions, EngineOptions, Place):
     images: Annotated[Uri | None, How()] = Field(None, description="URI of bulk-generated images to judge as well")
 
 
-class ServeConfig(EngineOptions, Place):
-    """Serve a model over HTTP until stopped."""
+class ServeOptions(EngineOptions):
+    """What every service has: where it listens, how many engines work, and what it takes in."""
 
-    model: Annotated[Uri | None, How()] = Field(
-        None, description="URI of the published model; default: what is live of --name in --store, else the newest"
+    also: Annotated[list[str], How()] = Field(
+        [], description="a further model: a name in --store, or NAME=URI; give the flag again for more"
     )
-    host: Annotated[str, How()] = Field("127.0.0.1", description="address to listen on")
+    host: Annotated[str, How()] = Field("127.0.0.1", description="address to listen on; 0.0.0.0 is every one")
     port: Annotated[int, How()] = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     app: Annotated[str, How()] = Field("images", description="name of the Ray Serve application")
-    replicas: Annotated[int, How()] = Field(1, ge=1, description="copies of the model")
+    replicas: Annotated[int, How()] = Field(1, ge=0, description="engines of a model at least; 0 rests when unused")
+    max_replicas: Annotated[int, How()] = Field(
+        0, ge=0, description="engines of a model at most, by their load; 0 is as many as --replicas"
+    )
+    calls_per_replica: Annotated[int, How()] = Field(
+        600, ge=1, description="denoiser calls that may wait for an engine before one more is started"
+    )
+    rest_after: Annotated[float, How()] = Field(60.0, ge=0, description="seconds of less load before engines stop")
+    ingress_replicas: Annotated[int, How()] = Field(1, ge=1, description="processes that take HTTP requests")
+    gpus: Annotated[float | None, How()] = Field(
+        None, ge=0, description="GPUs of an engine; default: one where the cluster has any"
+    )
+    threads: Annotated[int, How()] = Field(0, ge=0, description="CPU threads of an engine; 0 is one per core")
+    queue: Annotated[int, How()] = Field(256, ge=1, description="pictures that may wait for an engine")
+    timeout: Annotated[float, How()] = Field(300.0, gt=0, description="seconds that a request may take at most")
+    retries: Annotated[int, How()] = Field(3, ge=0, description="tries more, where an engine dies at a request")
+    watch: Annotated[float, How()] = Field(2.0, gt=0, description="seconds between looks at what is live")
+    versions: Annotated[int, How()] = Field(2, ge=2, description="versions of a model in an engine's memory at once")
+    drain: Annotated[float, How()] = Field(60.0, ge=0, description="seconds that running requests have at shutdown")
+    keys: Annotated[Uri | None, How()] = Field(
+        None, description="JSON file of API keys, by their hashes (see the key stage); default: none is asked for"
+    )
+    max_body: Annotated[ByteSize, How()] = Field(
+        ByteSize(32 * 2**20), gt=0, description="bytes of a request at most, as 32MiB"
+    )
+    max_pixels: Annotated[int, How()] = Field(16_000_000, ge=1, description="pixels of a picture to edit at most")
+    max_pictures: Annotated[int, How()] = Field(64, ge=1, description="pictures of a request at most")
+    origin: Annotated[list[str], How()] = Field(
+        [], description="web origin whose pages may call the service (CORS), as https://example.org; again for more"
+    )
+
+    @field_validator("also")
+    @classmethod
+    def _names_or_addresses(cls, value: list[str]) -> list[str]:
+        for entry in value:
+            name, _, uri = entry.partition("=")
+            if not re.match(_NAME, name) or ("=" in entry and not uri):
+                raise ValueError(f"{entry!r}: need a name, or NAME=URI")
+        return [f"{name}={absolute(uri)}" if uri else name for name, _, uri in (each.partition("=") for each in value)]
+
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if self.max_replicas and self.max_replicas < self.replicas:
+            raise ValueError(f"--max-replicas {self.max_replicas} is below --replicas {self.replicas}")
+        if self.max_pictures > self.queue:
+            raise ValueError(f"--max-pictures {self.max_pictures} would never fit into --queue {self.queue}")
+        return self
+
+    @property
+    def most_replicas(self) -> int:
+        """Engines of a model at most."""
+        return max(self.max_replicas, self.replicas, 1)
+
+
+class ServeConfig(ServeOptions, Place):
+    """Serve models over HTTP until stopped."""
+
+    model: Annotated[Uri | None, How()] = Field(
+        None,
+        description="URI of a published model to keep to; default: what is live of --name in --store, also when that "
+        "changes, else the newest",
+    )
+    to: Annotated[str | None, How()] = Field(
+        None, description="write the configuration for `serve deploy` or KubeRay to this file, and end"
+    )
+
+
+class KeyConfig(Settings):
+    """Make an API key: prints it once, and writes its hash into a file of keys."""
+
+    keys: Uri = Field(description="JSON file of keys to write to; made where there is none")
+    name: str = Field(pattern=_NAME, description="whose key it is; stands in metrics")
+    pictures_per_minute: float | None = Field(None, gt=0, description="pictures that it may ask for in a minute")
+    requests_at_once: int | None = Field(None, ge=1, description="requests that it may have under way")
+    revoke: bool = Field(False, description="take the keys of this name out again")
 
 
 class ExportConfig(Settings):
@@ -786,6 +861,11 @@ def _flagged(kind: type[Settings], arguments: Sequence[str]) -> list[str]:
 
 def _is_first(mark: object) -> bool:
     return isinstance(mark, First)
+
+
+def to_values(config: Settings) -> dict[str, Any]:
+    """The settings that somebody chose, as JSON values: what a strict file of settings says."""
+    return config.model_dump(mode="json", exclude_none=True, include=set(_said(config, type(config))))
 
 
 def to_flags(config: Settings, changed: bool = False) -> list[str]:

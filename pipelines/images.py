@@ -2,16 +2,17 @@
 
 import functools
 import io
+import json
 import re
 import struct
 import warnings
 import zlib
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageColor, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageColor, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from pipelines.config import Encoding, Fit, PipelineError
 
@@ -156,6 +157,21 @@ def to_png(pixels: Pixels, metadata: dict[str, str] | None = None) -> bytes:
         info.add_text(key, value)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def to_file(pixels: Pixels, kind: Literal["png", "jpeg", "webp"], metadata: dict[str, str], quality: int) -> bytes:
+    """uint8 [H, W, 3] as a file; `metadata` becomes texts of a PNG, and one JSON text in the EXIF of others.
+
+    `quality` (0 to 100) is that of jpeg and webp.
+    """
+    if kind == "png":
+        return to_png(pixels, metadata)
+    exif = Image.Exif()
+    if metadata:
+        exif[ExifTags.Base.ImageDescription] = json.dumps(metadata, sort_keys=True)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, **{**_SAVED[kind], "quality": quality}, exif=exif)
     return buffer.getvalue()
 
 

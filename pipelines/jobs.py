@@ -55,6 +55,7 @@ STAGES: dict[str, Stage] = {
     "generate": Stage(settings.GenerateConfig, "pipelines.bulk", command=settings.GenerateCommand),
     "evaluate": Stage(settings.EvaluateConfig, "pipelines.evaluate"),
     "serve": Stage(settings.ServeConfig, "pipelines.serve"),
+    "key": _printing(settings.KeyConfig, "pipelines.serve.keys", "make_key"),
     "models": _printing(settings.ModelsConfig, "pipelines.registry", "show"),
     "promote": _printing(settings.PromoteConfig, "pipelines.registry", "promote"),
     "rollback": _printing(settings.RollbackConfig, "pipelines.registry", "roll_back"),

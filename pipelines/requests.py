@@ -1,10 +1,12 @@
 """What may be asked of a model: one schema for HTTP, bulk and evaluation, checked against the model at the door."""
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
@@ -12,11 +14,14 @@ from torch import Tensor
 from diffusion_core.config import Inpainting, InpaintingName, ModelConfig, Task
 from diffusion_core.tasks import Request, prepare
 from pipelines.config import PipelineError, SampleOptions
-from pipelines.images import Limits, decode, decode_alpha, fit, to_floats
+from pipelines.frame import Frame, mixed
+from pipelines.images import Limits, Pixels, decode, decode_alpha, to_floats
 from pipelines.storage import digest
 
 _MAX_PIXELS = 16_000_000
 _FILES = ("image", "mask")
+# The core's names of what a request calls otherwise
+_FIELDS = {"picture": "image", "label": "prompt", "negative": "negative_prompt"}
 
 
 class RequestError(PipelineError):
@@ -32,6 +37,7 @@ class ImageRequest(SampleOptions):
 
     task: Task = "generate"
     prompt: str = ""
+    negative_prompt: str = Field("", description="a class to lead away from, in place of no class; needs guidance")
     seed: int = Field(ge=0, lt=2**62)
     image: bytes | None = Field(None, description="picture file to inpaint, denoise or start from")
     mask: bytes | None = Field(None, description="PNG whose transparent pixels are repainted; default: the image's own")
@@ -54,7 +60,9 @@ def metadata(request: ImageRequest, model: str) -> dict[str, str]:
 
     The settings are JSON; a file that was edited stands there by its SHA-256.
     """
-    plain = {"task", "prompt", *SampleOptions.model_fields}
+    plain = {"task", "prompt", *SampleOptions.model_fields} | (
+        {"negative_prompt"} if request.negative_prompt else set()
+    )
     left_out = {"seed", *_FILES} if request.task != "generate" else set(ImageRequest.model_fields) - plain
     settings: dict[str, Any] = request.model_dump(mode="json", exclude=left_out)
     files = {name: getattr(request, name) for name in _FILES}
@@ -79,38 +87,60 @@ def request_of(texts: dict[str, str], **files: bytes | None) -> ImageRequest:
         raise RequestError("settings", f"not those of this version ({str(error).splitlines()[0]})") from error
 
 
-def label_of(request: ImageRequest, model: ModelConfig) -> int | None:
-    """The label that a prompt names, the null class for an empty one, None for a model without classes.
+def label_of(field: str, prompt: str, model: ModelConfig) -> int | None:
+    """The label that a prompt names, None (the null class) for an empty one.
 
-    Raises RequestError where there is no such class; the message lists those that there are.
+    Raises RequestError, by the name of the `field`, where there is no such class; the message lists those that are.
     """
-    if not model.class_names:
-        if request.prompt:
-            raise RequestError("prompt", f"{request.prompt!r} given, but this model has no classes; leave it empty")
+    if not prompt:
         return None
-    if not request.prompt:
-        return len(model.class_names)
-    if request.prompt not in model.class_names:
-        raise RequestError("prompt", f"no class {request.prompt!r}; there are {', '.join(model.class_names)}")
-    return model.class_names.index(request.prompt)
+    if not model.class_names:
+        raise RequestError(field, f"{prompt!r} given, but this model has no classes; leave it empty")
+    if prompt not in model.class_names:
+        raise RequestError(field, f"no class {prompt!r}; there are {', '.join(model.class_names)}")
+    return model.class_names.index(prompt)
 
 
-def core_request(request: ImageRequest, model: ModelConfig) -> Request:
-    """The request in the core's terms, with all that the model cannot do refused by RequestError, before any work."""
-    label = label_of(request, model)
-    picture = _picture(request, model) if request.image is not None else None
+@dataclass(frozen=True)
+class Opened:
+    """A request in the core's terms, and what brings its answer back to the size of the picture that was edited."""
+
+    core: Request
+    frame: Frame | None = None
+    own: Pixels | None = None
+    mask: NDArray[np.float32] | None = None
+
+    def answer(self, pixels: Pixels) -> Pixels:
+        """The model's picture uint8 [R, R, 3] in the size of the edited one, whose kept pixels stand as they were."""
+        if self.frame is None or self.frame.is_whole:
+            return pixels
+        taken = self.frame.take(pixels)
+        return taken if self.own is None or self.mask is None else mixed(self.own, taken, self.mask)
+
+
+def open_request(request: ImageRequest, model: ModelConfig, max_pixels: int = _MAX_PIXELS) -> Opened:
+    """The request with its files decoded, and all that the model cannot do refused by RequestError, before any work.
+
+    A picture of another size than the model's is put whole into its square (`Frame`).
+    """
+    label, negative = _labels(request, model)
+    image = _open("image", request.image, max_pixels) if request.image is not None else None
+    inpainted = request.task == "inpaint" and image is not None
+    mask = _mask(request, image.size, max_pixels) if inpainted and image is not None else None
+    frame = Frame(*image.size, model.unet.resolution) if image is not None else None
     try:
         made = Request(
             seed=request.seed,
             task=request.task,
             sampler=request.sampler_config(),
             label=label,
+            negative=negative,
             guidance_scale=request.guidance_scale,
             guidance_low=request.guidance_low,
             guidance_high=request.guidance_high,
             guidance_rescale=request.guidance_rescale,
-            picture=picture,
-            mask=_mask(request, model) if request.task == "inpaint" and picture is not None else None,
+            picture=None if frame is None or image is None else _floats(frame.put(image)),
+            mask=None if frame is None or mask is None else torch.from_numpy(frame.put_mask(mask))[None],
             inpainting=Inpainting(request.inpainting, request.solves, times=request.resample),
             noise_level=request.noise_level,
             strength=request.strength,
@@ -119,36 +149,40 @@ def core_request(request: ImageRequest, model: ModelConfig) -> Request:
         prepare(made, model)
     except ValueError as error:
         field, _, told = str(error).partition(": ")
-        raise RequestError({"picture": "image"}.get(field, field), told) from error
-    return made
+        raise RequestError(_FIELDS.get(field, field), told) from error
+    own = None if mask is None or image is None else np.asarray(image, dtype=np.uint8)
+    return Opened(made, frame, own, mask)
 
 
-def _picture(request: ImageRequest, model: ModelConfig) -> Tensor:
-    """The picture to edit, [C, H, W] in [-1, 1] at the model's resolution."""
-    pixels = fit(_open("image", request.image or b"", model), model.unet.resolution)
+def _labels(request: ImageRequest, model: ModelConfig) -> tuple[int | None, int | None]:
+    """The labels to lead to and away from, None for the null class."""
+    negative = label_of("negative_prompt", request.negative_prompt, model)
+    return label_of("prompt", request.prompt, model), negative
+
+
+def _floats(pixels: Pixels) -> Tensor:
+    """uint8 [H, W, 3] -> [3, H, W] in [-1, 1]."""
     return torch.from_numpy(to_floats(pixels[None]))[0]
 
 
-def _mask(request: ImageRequest, model: ModelConfig) -> Tensor:
-    """Where to repaint, [1, H, W] from 0 (keep) to 1 (repaint): the transparency of the mask, or of the image.
+def _mask(request: ImageRequest, size: tuple[int, int], max_pixels: int) -> NDArray[np.float32]:
+    """Where to repaint, [H, W] from 0 (keep) to 1 (repaint): the transparency of the mask, or of the image.
 
-    Raises RequestError where it keeps everything.
+    Raises RequestError where it keeps everything, or has another size than the image.
     """
     field, data = ("mask", request.mask) if request.mask is not None else ("image", request.image or b"")
-    _open(field, data, model)
+    found = _open(field, data, max_pixels).size
+    if found != size:
+        raise RequestError(field, f"{found[0]}x{found[1]} pixels, but the image has {size[0]}x{size[1]}")
     mask = np.float32(1.0) - decode_alpha(data).astype(np.float32) / np.float32(255.0)
     if not mask.any():
         raise RequestError(field, "no transparent pixel, so there is nothing to repaint")
-    return torch.from_numpy(mask)[None]
+    return mask
 
 
-def _open(field: str, data: bytes, model: ModelConfig) -> Image.Image:
-    """A picture of the model's size. Raises RequestError by the field's name."""
-    size = model.unet.resolution
+def _open(field: str, data: bytes, max_pixels: int) -> Image.Image:
+    """A picture. Raises RequestError by the field's name."""
     try:
-        image = decode(data, Limits(_MAX_PIXELS)).image
+        return decode(data, Limits(max_pixels)).image
     except PipelineError as error:
         raise RequestError(field, str(error)) from error
-    if image.size != (size, size):
-        raise RequestError(field, f"{image.width}x{image.height} pixels; this model takes {size}x{size}")
-    return image

@@ -1,16 +1,20 @@
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import get_args
 
 import pytest
 from conftest import ROOT
+from support.service import local_service
+from test_worker import BOX, mask
 
 import flows
 from diffusion_core.config import PRESETS, GridName, Prediction, SamplerName, ScheduleName, Weighting
 from pipelines.config import PipelineError, SampleOptions, parse
 from pipelines.jobs import STAGES
+from pipelines.serve.schemas import DenoiseForm, EditForm, GenerationBody, VariationForm
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -70,6 +74,34 @@ def test_the_engine_that_is_shown_prints_what_is_shown(capsys):
     assert f"```\n{capsys.readouterr().out}```" in page
 
 
+def test_the_calls_that_are_shown_run(tiny_model, tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs/call-the-service.md").read_text()
+    (python,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mask.png").write_bytes(mask(BOX))
+    with local_service(tiny_model) as service:
+        exec(python.replace("http://127.0.0.1:8000", service.url), {})
+        assert capsys.readouterr().out.split() == ["image_generation.partial_image"] * 3 + [
+            "image_generation.completed"
+        ]
+        curls = [
+            line.replace("http://127.0.0.1:8000", service.url) for line in page.splitlines() if line.startswith("curl")
+        ]
+        assert len(curls) == 5
+        for curl in curls if shutil.which("curl") else []:
+            told = subprocess.run(shlex.split(curl), capture_output=True, text=True, check=True, timeout=60).stdout
+            assert '"b64_json"' in told, told
+
+
+def test_every_field_and_metric_of_the_service_is_explained():
+    page = (ROOT / "docs/call-the-service.md").read_text() + (ROOT / "docs/python.md").read_text()
+    for body in (GenerationBody, EditForm, DenoiseForm, VariationForm):
+        assert [name for name in body.model_fields if f"`{name}`" not in page] == []
+    metrics = set(re.findall(r'"(diffusion_\w+)"', (ROOT / "pipelines/serve/metrics.py").read_text()))
+    page = (ROOT / "docs/service.md").read_text()
+    assert metrics == set(re.findall(r"`(diffusion_\w+)`", page))
+
+
 def test_options_shown_for_python_are_all_that_there_are_with_their_defaults():
     rows = re.findall(r"^\| (`[^|]*) \| [^|]* \| ([^|]*) \|$", (ROOT / "docs/python.md").read_text(), flags=re.M)
     shown = {}
@@ -124,7 +156,7 @@ def test_the_tree_in_the_readme_is_the_repository():
     shown = {name for name in shown if re.fullmatch(r"[\w./-]+", name)}
     for name in shown:
         assert (ROOT / name).exists(), f"{name} is in the README but not in the repository"
-    stages = ("bulk", "ingest", "lineage", "train")
+    stages = ("bulk", "ingest", "lineage", "serve", "train", "worker")
     for package in ("diffusion_core", "pipelines", *(f"pipelines/{name}" for name in stages)):
         files = {f"{package}/{path.name}" for path in (ROOT / package).iterdir() if path.suffix in (".py", ".j2")}
         assert files - shown == {f"{package}/__init__.py"}

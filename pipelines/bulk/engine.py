@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 from diffusion_core.config import ModelConfig
 from diffusion_core.lanes import Finished
-from diffusion_core.tasks import Request, prepare
+from diffusion_core.tasks import prepare
 from pipelines.bulk.inputs import Rejection
-from pipelines.images import Pixels, to_bytes
-from pipelines.requests import ImageRequest, RequestError, core_request
+from pipelines.images import Pixels
+from pipelines.requests import ImageRequest, Opened, RequestError, open_request
 from pipelines.worker import Worker
+from pipelines.worker.worker import pixels_of
 
 End = Pixels | Rejection
 
@@ -30,7 +31,7 @@ class Painted(NamedTuple):
 class _Batch:
     """Rows that came together: which are still on their way, by ticket, and what became of the others."""
 
-    requests: list[Request | Rejection]
+    requests: list[Opened | Rejection]
     future: "Future[Painted]"
     ends: dict[int, End] = field(default_factory=dict)
     calls: int = 0
@@ -55,9 +56,10 @@ class Shared:
 
         Raises what the engine raises where it breaks.
         """
-        batch = _Batch([self._core(request) for request in requests], Future())
+        batch = _Batch([self._opened(request) for request in requests], Future())
         self._inbox.put(batch)
-        return batch.future.result()
+        ends, calls = batch.future.result()
+        return Painted([_answer(request, end) for request, end in zip(batch.requests, ends, strict=True)], calls)
 
     def take_seconds(self) -> float:
         """Seconds that the device has worked since this was asked last: their sum over all shards is right."""
@@ -68,10 +70,10 @@ class Shared:
             except queue.Empty:
                 return round(total, 3)
 
-    def _core(self, request: ImageRequest | Rejection) -> Request | Rejection:
-        """A request in the core's terms, or why there is none."""
+    def _opened(self, request: ImageRequest | Rejection) -> Opened | Rejection:
+        """A request with its files decoded, or why there is none."""
         try:
-            return request if isinstance(request, Rejection) else core_request(request, self.worker.model.config)
+            return request if isinstance(request, Rejection) else open_request(request, self.worker.model.config)
         except RequestError as error:
             return Rejection("refused", str(error))
 
@@ -101,13 +103,13 @@ class Shared:
 
     def _admit(self, batch: _Batch) -> None:
         self._admitting = batch
-        before = self.worker.engine.pending_calls
         for place, request in enumerate(batch.requests):
-            if isinstance(request, Request):
-                self._flying[self.worker.engine.submit(request, "bulk")] = (batch, place)
+            if isinstance(request, Opened):
+                ticket = self.worker.engine.submit(request.core, "bulk")
+                self._flying[ticket] = (batch, place)
+                batch.calls += self.worker.engine.calls_of(ticket)
             else:
                 batch.ends[place] = request
-        batch.calls = self.worker.engine.pending_calls - before
         self._admitting = None
         self._settle(batch)
 
@@ -118,13 +120,18 @@ class Shared:
 
 
 def _end_of(end: Finished) -> End:
-    return Rejection("failed", str(end.error)) if end.picture is None else to_bytes(end.picture[None].cpu().numpy())[0]
+    return Rejection("failed", str(end.error)) if end.picture is None else pixels_of(end.picture)
+
+
+def _answer(request: Opened | Rejection, end: End) -> End:
+    """The end of a request, a picture in the size of the one that was edited."""
+    return end if isinstance(request, Rejection) or isinstance(end, Rejection) else request.answer(end)
 
 
 def calls_of(request: ImageRequest, model: ModelConfig) -> int:
     """Denoiser calls that a request takes; 0 of one that is refused."""
     try:
-        plan = prepare(core_request(request, model), model).plan
+        plan = prepare(open_request(request, model).core, model).plan
     except RequestError:
         return 0
     return 0 if plan is None else len(plan)

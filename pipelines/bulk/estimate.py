@@ -16,7 +16,7 @@ from pipelines.config import GenerateCommand, ray_address
 from pipelines.image_sets import FILES, request_columns
 from pipelines.model import load_config, model_digest
 from pipelines.progress import duration, print_line
-from pipelines.requests import ImageRequest, core_request
+from pipelines.requests import ImageRequest, open_request
 from pipelines.worker import Worker, load_worker, pool_size
 
 _SAMPLE = 64
@@ -95,7 +95,7 @@ def _expected(command: GenerateCommand, rows: int, shards: int, sample: list[Ima
 def _measured(worker: Worker, sample: list[ImageRequest]) -> tuple[float, float]:
     """Denoiser calls a picture, and calls a second with full lanes, by ticks after one to warm up."""
     engine, config = worker.engine, worker.model.config
-    asked = [core_request(request, config) for request in sample]
+    asked = [open_request(request, config).core for request in sample]
     tickets = [engine.submit(request, "bulk") for request in asked]
     calls = max(engine.pending_calls / len(tickets), _FEWEST_CALLS)
     for _ in range(int(engine.lanes * (_TICKS + 1) / (calls * len(asked)))):

@@ -13,7 +13,7 @@ from pipelines.bulk.numerics import pin, pinned
 from pipelines.bulk.shards import Numerics, Record, commit_shard, record_of
 from pipelines.config import GenerateConfig, PipelineError
 from pipelines.model import load_config, load_model
-from pipelines.requests import ImageRequest, RequestError
+from pipelines.requests import ImageRequest
 from pipelines.worker import Worker, load_worker, pool_size
 
 # Shards that a worker has at once: rows of the second fill the batch while the last of the first are made.
@@ -107,7 +107,7 @@ def through_service(job: Job, missing: Sequence[int]) -> Iterator[Made]:
             asked = [request for request in requests if isinstance(request, ImageRequest)]
             flying.append((shard, (orders, requests, asked, service.ask(asked))))
         shard, (orders, requests, asked, answer) = flying.popleft()
-        answers = iter(service.ends(asked, answer))
+        answers = iter(service.ends(answer))
         ends = [request if isinstance(request, Rejection) else next(answers) for request in requests]
         spent = {"calls": sum(calls_of(request, service.model) for request in asked), "seconds": 0.0}
         yield shard, commit_shard(job, shard, orders, requests, ends, service.numerics, spent)
@@ -119,26 +119,17 @@ class _Service:
     def __init__(self, config: GenerateConfig) -> None:
         from ray import serve
 
-        self.uri = config.model
-        self.handle = serve.get_deployment_handle("Model", app_name=config.app)
+        self.uri, self.handle = config.model, serve.get_app_handle(config.app)
         self.model = load_config(config.model)
-        self.numerics: Numerics = self.handle.describe.remote().result()["numerics"]
+        self.numerics: Numerics = self.handle.describe_model.remote(config.model).result()["numerics"]
 
     def ask(self, requests: list[ImageRequest]) -> Any:
-        """Send rows; what `ends` takes."""
-        return self.handle.paint.remote(requests, self.uri)
+        """Send rows at bulk priority, which takes what others leave; what `ends` takes."""
+        return self.handle.paint_rows.remote(requests, self.uri)
 
-    def ends(self, requests: list[ImageRequest], answer: Any) -> list[End]:
+    def ends(self, answer: Any) -> list[End]:
         """A picture uint8 [H, W, 3] for each request, or why there is none.
 
-        Raises PipelineError where the service runs another model.
+        Raises PipelineError where the service has another model, or fails for longer than it tries again.
         """
-        try:
-            return list(answer.result())
-        except PipelineError as error:
-            cause = getattr(error, "cause", error)
-            if not (isinstance(cause, RequestError) or str(cause).startswith("request ")):
-                raise
-            if len(requests) == 1:
-                return [Rejection("refused", str(cause))]
-            return [end for request in requests for end in self.ends([request], self.ask([request]))]
+        return [Rejection("refused", end) if isinstance(end, str) else end for end in answer.result()]

@@ -16,10 +16,10 @@ from diffusion_core.config import ModelConfig
 from pipelines.cells import resolve, word
 from pipelines.config import GenerateConfig, PipelineError
 from pipelines.image_sets import FILES, request_columns, row_columns
-from pipelines.requests import ImageRequest, RequestError, core_request
+from pipelines.requests import ImageRequest, RequestError, open_request
 
 _ALIASES = {"class": "prompt"}
-_WORDS = ("task", "prompt", "sampler", "grid", "inpainting")
+_WORDS = ("task", "prompt", "negative_prompt", "sampler", "grid", "inpainting")
 _SEEDS = 2**62
 # Which tasks have a use for a flag that is a default of all rows.
 _USES = {"strength": ("image_to_image", "vary"), "noise_level": ("denoise",)}
@@ -128,7 +128,7 @@ def _tried(model: ModelConfig, alike: str) -> str:
     """Why the model cannot do this, whatever the seed and the pictures are; empty where it can."""
     settings, files = json.loads(alike)
     try:
-        core_request(ImageRequest(**settings, seed=0, **dict.fromkeys(files, stand_in(model.unet.resolution))), model)
+        open_request(ImageRequest(**settings, seed=0, **dict.fromkeys(files, stand_in(model.unet.resolution))), model)
     except RequestError as error:
         return str(error)
     return ""

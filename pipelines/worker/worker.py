@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from PIL import Image
 from pydantic import ValidationError
+from torch import Tensor
 
 from diffusion_core.config import Task
 from diffusion_core.engine import Engine
 from diffusion_core.noise import derive_seeds
-from diffusion_core.tasks import Request
 from diffusion_core.widths import measure_lanes
 from pipelines.config import PipelineError
 from pipelines.images import Pixels, to_bytes
 from pipelines.model import Model, load_model
-from pipelines.requests import ImageRequest, RequestError, core_request
+from pipelines.requests import ImageRequest, Opened, RequestError, open_request
 
 LANES = 32
 
@@ -61,15 +61,15 @@ class Worker:
 
     def check(self, request: ImageRequest) -> None:
         """Refuse what this model cannot do. Raises RequestError that names the field."""
-        core_request(request, self.model.config)
+        open_request(request, self.model.config)
 
     def paint(self, requests: Sequence[ImageRequest]) -> list[Pixels]:
-        """One picture uint8 [H, W, 3] for each request, in order.
+        """One picture uint8 [H, W, 3] for each request, in order; an edited one in its own size.
 
         Raises RequestError before any work is done where one cannot be met, PipelineError where one fails.
         """
         pictures = []
-        for end in self._run([core_request(request, self.model.config) for request in requests]):
+        for end in self._run([open_request(request, self.model.config) for request in requests]):
             if isinstance(end, PipelineError):
                 raise end
             pictures.append(end)
@@ -77,30 +77,29 @@ class Worker:
 
     def paint_each(self, requests: Sequence[ImageRequest]) -> list[Pixels | PipelineError]:
         """One picture uint8 [H, W, 3] for each request, in order, or the error that ended it and no other."""
-        return self._run([self._converted(request) for request in requests])
+        return self._run([self._opened(request) for request in requests])
 
-    def _converted(self, request: ImageRequest) -> Request | PipelineError:
+    def _opened(self, request: ImageRequest) -> Opened | PipelineError:
         """A request in the core's terms, or why there is none."""
         try:
-            return core_request(request, self.model.config)
+            return open_request(request, self.model.config)
         except RequestError as error:
             return error
 
-    def _run(self, requests: Sequence[Request | PipelineError]) -> list[Pixels | PipelineError]:
+    def _run(self, requests: Sequence[Opened | PipelineError]) -> list[Pixels | PipelineError]:
         """The ends of requests; errors among them stay where they are."""
         ends: dict[int, Pixels | PipelineError] = {}
-        tickets: dict[int, int] = {}
+        tickets: dict[int, tuple[int, Opened]] = {}
         for place, request in enumerate(requests):
-            if isinstance(request, Request):
-                tickets[self.engine.submit(request)] = place
+            if isinstance(request, Opened):
+                tickets[self.engine.submit(request.core)] = place, request
             else:
                 ends[place] = request
         while len(ends) < len(requests):
             for end in self.engine.tick():
-                failed = PipelineError(f"request {tickets[end.ticket]}: {end.error}")
-                ends[tickets[end.ticket]] = (
-                    failed if end.picture is None else to_bytes(end.picture[None].cpu().numpy())[0]
-                )
+                place, request = tickets[end.ticket]
+                failed = PipelineError(f"request {place}: {end.error}")
+                ends[place] = failed if end.picture is None else request.answer(pixels_of(end.picture))
         return [ends[place] for place in range(len(requests))]
 
     def sample(self, prompt: str = "", n: int = 1, seed: int = 0, **options: Any) -> list[Image.Image]:
@@ -137,26 +136,15 @@ class Worker:
         return Image.fromarray(self.paint([_request(prompt, seed, {"task": task, **given, **options})])[0])
 
 
+def pixels_of(picture: Tensor) -> Pixels:
+    """A picture [C, H, W] of the engine -> uint8 [H, W, 3]."""
+    pixels: Pixels = to_bytes(picture[None].cpu().numpy())[0]
+    return pixels
+
+
 def load_worker(model_uri: str, device: str = "auto", lanes: int = LANES) -> Worker:
     """The model at a URI on a device. Raises StorageError where it is missing or damaged."""
     return Worker(load_model(model_uri), device, lanes)
-
-
-def pool_of(workers: int, tasks: int) -> dict[str, Any]:
-    """Arguments of a Ray Data map for a pool of so many workers as `pool_size` says, each with a device."""
-    import ray
-    import ray.data
-
-    compute = ray.data.ActorPoolStrategy(size=pool_size(workers, tasks))
-    return {"compute": compute, "num_cpus": 1, "num_gpus": 1 if ray.cluster_resources().get("GPU") else 0}
-
-
-def pool_size(workers: int, tasks: int) -> int:
-    """`workers`, or one per GPU of the cluster, or one per two cores; not more than `tasks`."""
-    import ray
-
-    resources = ray.cluster_resources()
-    return min(tasks, workers or int(resources.get("GPU", 0)) or max(1, int(resources.get("CPU", 1)) // 2))
 
 
 def picture_seed(seed: int, index: int) -> int:

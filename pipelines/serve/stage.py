@@ -1,0 +1,242 @@
+"""The Ray Serve application: its deployments, and how it is started here, or written down for a cluster."""
+
+import asyncio
+import signal
+import socket
+import threading
+from typing import Any
+
+import fastapi
+import yaml
+from ray import serve
+
+from pipelines.config import Outcome, PipelineError, ServeConfig, to_values
+from pipelines.images import Pixels
+from pipelines.model import load_model
+from pipelines.requests import ImageRequest, RequestError, open_request
+from pipelines.serve.api import Service, create_api
+from pipelines.serve.catalogue import Catalogue, Source, Version, open_version, sources
+from pipelines.serve.dispatch import Dispatcher, pictures, through_serve
+from pipelines.serve.keys import KeyRing, read_keys
+from pipelines.serve.metrics import RequestMetrics
+from pipelines.serve.replica import EngineReplica, EngineSettings
+from pipelines.serve.scaling import LoadPolicy
+from pipelines.storage import normalise
+from pipelines.worker.loop import Order
+
+_ONGOING = 1024
+_LOOK_BACK_S = 15.0
+_HEALTH_S = 2.0
+_QUIET = {"log_level": "WARNING", "enable_access_log": False}
+# What `serve deploy` reads: where the application is, and what it is given
+_IMPORT_PATH = "pipelines.serve:build"
+_BULK_TIMEOUT_S = 86_400.0
+_BULK_PAUSE_S = 1.0
+
+
+@serve.ingress()
+class Ingress:
+    """Takes HTTP requests, and rows of bulk jobs by handle; `engines` are the handles of each model's engines."""
+
+    async def __init__(  # type: ignore[misc]
+        self, config: ServeConfig, engines: dict[str, Any]
+    ) -> None:
+        self.config, self.engines = config, engines
+        metrics = RequestMetrics()
+        dispatcher = Dispatcher(through_serve(engines), config.retries, metrics.retry)
+        ring = KeyRing(read_keys(config.keys) if config.keys else [], config.ingress_replicas)
+        self.service = Service(config, Catalogue(sources(config), self._prepare), dispatcher, ring, metrics)
+        self._others: dict[str, Version] = {}
+        await self.service.catalogue.refresh()
+        self._watching = asyncio.create_task(self.service.catalogue.watch(config.watch))
+
+    def __serve_build_asgi_app__(self) -> fastapi.FastAPI:
+        return create_api(self.service)
+
+    async def paint_rows(self, requests: list[ImageRequest], model: str) -> list[Pixels | str]:
+        """A picture uint8 [H, W, 3] for each request by the version at the URI `model`, or its error in words.
+
+        Waits while there is no room. Raises PipelineError where the service does not have this model, or fails.
+        """
+        version = await self._version_of(model)
+        opened = await asyncio.to_thread(lambda: [_opened(request, version) for request in requests])
+        whole = [(at, each) for at, each in enumerate(opened) if not isinstance(each, str)]
+        found: dict[int, Pixels | str] = {at: each for at, each in enumerate(opened) if isinstance(each, str)}
+        for first in range(0, len(whole), self.config.queue):
+            part = whole[first : first + self.config.queue]
+            order = Order(tuple(each.core for _, each in part), "bulk", "bulk", _BULK_TIMEOUT_S)
+            for end in await self._ends(version, order):
+                at, each = part[end.place]
+                found[at] = each.answer(end.pixels) if end.pixels is not None else str(end.error)
+        return [found[at] for at in range(len(requests))]
+
+    async def describe_model(self, model: str) -> dict[str, Any]:
+        """What the version at the URI `model` is, and the numerics profile of an engine that has it."""
+        version = await self._version_of(model)
+        about: dict[str, Any] = await self.engines[version.name].describe.remote(version.uri)
+        return about
+
+    async def _ends(self, version: Version, order: Order) -> list[Any]:
+        """The ends of an order that waits for its turn. Raises PipelineError where the engines fail."""
+        while True:
+            ends, refusal = await pictures(self.service.dispatcher.make(version, order))
+            if refusal is None:
+                return ends
+            if refusal.reason not in ("overloaded", "unavailable"):
+                raise PipelineError(f"{version.uri}: {refusal.message}; run it again, what is committed is kept")
+            await asyncio.sleep(_BULK_PAUSE_S)
+
+    async def _version_of(self, model: str) -> Version:
+        """The version at a URI, live or not, by the engines of the model that it is one of."""
+        uri = normalise(model)
+        for version in self.service.catalogue:
+            if version.uri == uri:
+                return version
+        if uri not in self._others:
+            names = [source.name for source in self.service.catalogue.sources]
+            name = next((each for each in names if f"/models/{each}/" in uri), None)
+            if name is None:
+                raise PipelineError(f"model: this service runs {', '.join(names)}, not {uri}; serve that one")
+            self._others[uri] = await asyncio.to_thread(open_version, name, uri)
+        return self._others[uri]
+
+    async def _prepare(self, version: Version) -> str | None:
+        """Have an engine load a version before it answers; where engines rest, the first request will."""
+        if not self.config.replicas:
+            return None
+        problem: str | None = await self.engines[version.name].load.remote(version.uri)
+        return problem
+
+
+def _opened(request: ImageRequest, version: Version) -> Any:
+    """A request in the core's terms, or why there is none."""
+    try:
+        return open_request(request, version.config)
+    except RequestError as error:
+        return str(error)
+
+
+def build(arguments: dict[str, Any]) -> Any:
+    """The application, from settings of the serve stage: what `serve deploy` and KubeRay call.
+
+    Raises ValueError on unknown settings, StorageError where a model is missing or damaged.
+    """
+    return application(ServeConfig.model_validate(arguments))
+
+
+def application(config: ServeConfig) -> Any:
+    """The application of these settings. Raises PipelineError where a model is missing or damaged."""
+    engines = {}
+    for source in sources(config):
+        load_model(source.current())  # what is wrong with it is told here, and not by engines that keep restarting
+        engines[source.name] = _engine(config, source)
+    ingress = serve.deployment(
+        Ingress, name="Ingress", num_replicas=config.ingress_replicas, max_ongoing_requests=_ONGOING,
+        max_queued_requests=_ONGOING, logging_config=_QUIET, ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=config.drain,
+    )  # fmt: skip
+    return ingress.bind(config, engines)
+
+
+def _engine(config: ServeConfig, source: Source) -> Any:
+    """The deployment of a model's engines."""
+    settings = EngineSettings(config.lanes, config.threads, config.queue, config.watch, config.versions)
+    gpus = config.gpus if config.gpus is not None else float(_gpus())
+    counts: dict[str, Any] = {"num_replicas": config.replicas}
+    if config.most_replicas > config.replicas:
+        counts = {"autoscaling_config": _autoscaling(config)}
+    engine = serve.deployment(
+        EngineReplica, name=f"model-{source.name}", max_ongoing_requests=_ONGOING, logging_config=_QUIET,
+        ray_actor_options={"num_cpus": 1, "num_gpus": gpus}, graceful_shutdown_timeout_s=config.drain,
+        health_check_period_s=_HEALTH_S, **counts,
+    )  # fmt: skip
+    return engine.bind(source, settings)
+
+
+def _autoscaling(config: ServeConfig) -> dict[str, Any]:
+    """Engines by their load."""
+    policy = {"policy_function": LoadPolicy, "policy_kwargs": {"calls_per_replica": config.calls_per_replica}}
+    return {
+        "min_replicas": config.replicas, "max_replicas": config.most_replicas, "policy": policy,
+        "look_back_period_s": _LOOK_BACK_S, "upscale_delay_s": 0.0, "downscale_delay_s": config.rest_after,
+    }  # fmt: skip
+
+
+def start(config: ServeConfig) -> str:
+    """Start the application on the connected Ray; returns its URL. Raises PipelineError where a model is missing."""
+    made = application(config)
+    port = config.port or _free_port(config.host)
+    _check_free(config.host, port)
+    serve.start(http_options={"host": config.host, "port": port}, logging_config=_QUIET)
+    serve.run(made, name=config.app, route_prefix="/")
+    return f"http://{config.host}:{port}"
+
+
+def stop() -> None:
+    """Stop the application and its HTTP server, once what runs has ended."""
+    serve.shutdown()
+
+
+def run(config: ServeConfig) -> Outcome:
+    """Serve until interrupted; or write the configuration for `serve deploy`."""
+    if config.to is not None:
+        return _write(config, config.to)
+    url = start(config)
+    if config.host not in ("127.0.0.1", "localhost", "::1") and not config.keys:
+        print(f"serve: no --keys: whoever reaches {config.host}:{config.port} may use it", flush=True)
+    print(f"serve: {url}  (documentation at {url}/docs; stop with Ctrl-C)", flush=True)
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    stopped.wait()
+    print("serve: stopping; what runs may end", flush=True)
+    stop()
+    return Outcome(uri=url, found=False)
+
+
+def find(_: ServeConfig) -> None:
+    """A service is never found: it runs or it does not."""
+
+
+def deployed(config: ServeConfig) -> dict[str, Any]:
+    """The configuration that `serve deploy` and KubeRay's serveConfigV2 take."""
+    arguments = {name: value for name, value in to_values(config).items() if name not in ("to", "host", "port", "app")}
+    application_ = {"name": config.app, "route_prefix": "/", "import_path": _IMPORT_PATH, "args": arguments}
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": config.host, "port": config.port or 8000},
+        "applications": [application_],
+    }
+
+
+def _write(config: ServeConfig, path: str) -> Outcome:
+    """Write the configuration."""
+    with open(path, "w") as file:
+        yaml.safe_dump(deployed(config), file, sort_keys=False)
+    print(f"serve: wrote {path}; start it with: serve deploy {path}", flush=True)
+    return Outcome(uri=path, found=False)
+
+
+def _gpus() -> bool:
+    """Whether the cluster has GPUs."""
+    import ray
+
+    return bool(ray.cluster_resources().get("GPU", 0) >= 1)
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _check_free(host: str, port: int) -> None:
+    """Refuse a port that another program holds, which Ray Serve would only log."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise PipelineError(
+                f"port: {host}:{port} cannot be used ({error.strerror}); give another --port"
+            ) from error

@@ -1,0 +1,20 @@
+"""Pools of workers on a Ray cluster: how many, and on what."""
+
+from typing import Any
+
+
+def pool_of(workers: int, tasks: int) -> dict[str, Any]:
+    """Arguments of a Ray Data map for a pool of so many workers as `pool_size` says, each with a device."""
+    import ray
+    import ray.data
+
+    compute = ray.data.ActorPoolStrategy(size=pool_size(workers, tasks))
+    return {"compute": compute, "num_cpus": 1, "num_gpus": 1 if ray.cluster_resources().get("GPU") else 0}
+
+
+def pool_size(workers: int, tasks: int) -> int:
+    """`workers`, or one per GPU of the cluster, or one per two cores; not more than `tasks`."""
+    import ray
+
+    resources = ray.cluster_resources()
+    return min(tasks, workers or int(resources.get("GPU", 0)) or max(1, int(resources.get("CPU", 1)) // 2))
