@@ -87,6 +87,8 @@ class Shared:
                 waiting += [] if self._admitting is None else [self._admitting]
                 for batch in {id(batch): batch for batch in waiting}.values():
                     batch.future.set_exception(error)
+                for ticket in self._flying:
+                    self.worker.engine.cancel(ticket)
                 self._flying.clear()
                 self._admitting = None
 
