@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +14,8 @@ import pytest
 from PIL import Image
 
 from pipelines import bulk, storage
+from pipelines.bulk.engine import Shared
+from pipelines.bulk.inputs import Rejection
 from pipelines.bulk.numerics import pin
 from pipelines.bulk.plan import job_uri
 from pipelines.config import GenerateCommand, GenerateConfig, PipelineError, TraceConfig, VerifyConfig, parse
@@ -291,3 +295,57 @@ def test_flags_that_a_table_has_no_use_for_are_refused(tmp_path, tiny_model):
     ):
         with pytest.raises(ValueError, match=message):
             config(tmp_path, tiny_model, **wrong)
+
+
+class Counting:
+    """An engine that counts its ticks, and says when the first is done."""
+
+    def __init__(self, engine):
+        self.engine, self.ticks, self.begun = engine, 0, threading.Event()
+
+    def __getattr__(self, name):
+        return getattr(self.engine, name)
+
+    def tick(self):
+        ended = self.engine.tick()
+        self.ticks += 1
+        self.begun.set()
+        return ended
+
+
+def test_rows_that_come_while_others_are_made_share_their_ticks_and_every_row_gets_its_own_picture(tiny_model):
+    steps = 500
+    asked = [[ImageRequest(seed=10 * batch + row, steps=steps) for row in range(3)] for batch in range(2)]
+    expected = [load_worker(tiny_model).paint(batch) for batch in asked]
+    worker = load_worker(tiny_model)
+    worker.engine = Counting(worker.engine)
+    shared = Shared(worker)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(shared.paint, asked[0])
+        assert worker.engine.begun.wait(60)
+        second = pool.submit(shared.paint, [*asked[1], Rejection("missing_object", "gone")])
+        made = [first.result(), second.result()]
+    assert worker.engine.ticks < 2 * steps, "one after the other would take so many"
+    assert [painted.calls for painted in made] == [3 * steps, 3 * steps]
+    assert made[1].ends.pop() == Rejection("missing_object", "gone")
+    for painted, pictures in zip(made, expected, strict=True):
+        assert all((end == picture).all() for end, picture in zip(painted.ends, pictures, strict=True))
+    assert 0 < shared.take_seconds() < 60
+    assert shared.take_seconds() == 0
+
+
+def test_an_engine_that_breaks_tells_all_who_wait_and_goes_on_for_the_next(tiny_model):
+    worker = load_worker(tiny_model)
+    engine, breaks = Counting(worker.engine), [True]
+
+    def tick():
+        if breaks.pop() if breaks else False:
+            raise RuntimeError("out of memory")
+        return engine.engine.tick()
+
+    engine.tick, worker.engine = tick, engine
+    shared = Shared(worker)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        shared.paint([ImageRequest(seed=1, steps=2)])
+    (end,) = shared.paint([ImageRequest(seed=1, steps=2)]).ends
+    assert (end == load_worker(tiny_model).paint([ImageRequest(seed=1, steps=2)])[0]).all()

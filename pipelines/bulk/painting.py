@@ -1,19 +1,17 @@
-"""Shards made and committed: by a pool of workers on the whole cluster, or by a running service."""
+"""Shards made and committed by a pool of workers on the whole cluster."""
 
 import contextlib
 import json
-from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pipelines.bulk.engine import End, Shared, calls_of
-from pipelines.bulk.inputs import Rejection, read_requests
+from pipelines.bulk.engine import Shared
+from pipelines.bulk.inputs import read_requests
 from pipelines.bulk.job import Job
 from pipelines.bulk.numerics import pin, pinned
-from pipelines.bulk.shards import Numerics, Record, commit_shard, record_of
-from pipelines.config import GenerateConfig, PipelineError
-from pipelines.model import load_config, load_model
-from pipelines.requests import ImageRequest
+from pipelines.bulk.shards import Record, commit_shard, record_of
+from pipelines.config import PipelineError
+from pipelines.model import load_model
 from pipelines.worker import Worker, load_worker, pool_size
 
 # Shards that a worker has at once: rows of the second fill the batch while the last of the first are made.
@@ -91,45 +89,3 @@ def through_actors(job: Job, missing: Sequence[int]) -> Iterator[Made]:
         if row["fault"]:
             raise PipelineError(row["fault"])
         yield int(row["shard"]), json.loads(row["record"])
-
-
-def through_service(job: Job, missing: Sequence[int]) -> Iterator[Made]:
-    """Shards made by the running service, some in flight at once, and committed here."""
-    service = _Service(job.config)
-    pin(job.uri, service.numerics)
-    flying: deque[tuple[int, Any]] = deque()
-    todo = deque(missing)
-    while todo or flying:
-        while todo and len(flying) < _AT_ONCE:
-            shard = todo.popleft()
-            orders = job.orders(shard)
-            requests = read_requests(orders)
-            asked = [request for request in requests if isinstance(request, ImageRequest)]
-            flying.append((shard, (orders, requests, asked, service.ask(asked))))
-        shard, (orders, requests, asked, answer) = flying.popleft()
-        answers = iter(service.ends(answer))
-        ends = [request if isinstance(request, Rejection) else next(answers) for request in requests]
-        spent = {"calls": sum(calls_of(request, service.model) for request in asked), "seconds": 0.0}
-        yield shard, commit_shard(job, shard, orders, requests, ends, service.numerics, spent)
-
-
-class _Service:
-    """The running service: what it is asked, and what it answers."""
-
-    def __init__(self, config: GenerateConfig) -> None:
-        from ray import serve
-
-        self.uri, self.handle = config.model, serve.get_app_handle(config.app)
-        self.model = load_config(config.model)
-        self.numerics: Numerics = self.handle.describe_model.remote(config.model).result()["numerics"]
-
-    def ask(self, requests: list[ImageRequest]) -> Any:
-        """Send rows at bulk priority, which takes what others leave; what `ends` takes."""
-        return self.handle.paint_rows.remote(requests, self.uri)
-
-    def ends(self, answer: Any) -> list[End]:
-        """A picture uint8 [H, W, 3] for each request, or why there is none.
-
-        Raises PipelineError where the service has another model, or fails for longer than it tries again.
-        """
-        return [Rejection("refused", end) if isinstance(end, str) else end for end in answer.result()]

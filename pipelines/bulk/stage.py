@@ -8,8 +8,9 @@ from pipelines import __version__, storage
 from pipelines.bulk.bill import Bill, bill_of
 from pipelines.bulk.job import STAGING, Job
 from pipelines.bulk.page import PAGE, add_page
-from pipelines.bulk.painting import Made, through_actors, through_service
+from pipelines.bulk.painting import Made, through_actors
 from pipelines.bulk.plan import job_uri, plan_job
+from pipelines.bulk.service import through_service
 from pipelines.bulk.shards import Record, committed, write_metadata
 from pipelines.config import GenerateConfig, InterruptedRunError, Outcome, PipelineError, what
 from pipelines.progress import Progress, print_line
