@@ -64,8 +64,8 @@ def uri_of(output):
 
 
 def contents(uri):
-    """All shards and the contact sheet by name."""
-    wanted = re.compile(r"/(part-|contact/|numerics)")
+    """All shards by name."""
+    wanted = re.compile(r"/(part-|numerics)")
     return {
         info.uri.removeprefix(uri): storage.read_bytes(info.uri)
         for info in storage.list_objects(uri)

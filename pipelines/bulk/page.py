@@ -22,25 +22,24 @@ _REJECTED = 20
 _LIMITS = Limits(64_000_000)
 
 
-def add_page(uri: str, manifest: dict[str, Any], bill: Bill) -> dict[str, Any]:
-    """Write contact sheet and page; the manifest with the sheet."""
+def write_page(uri: str, manifest: dict[str, Any], bill: Bill) -> None:
+    """Write the page with its contact sheet inside: a sheet beside the shards would be read as one of the pictures."""
     rows = list(_shown(uri, manifest))
-    if not rows:
-        storage.write_bytes(
-            storage.join(uri, PAGE), _page(uri, manifest, bill, {"sheet": None, "edits": None}).encode()
-        )
-        return manifest
-    side = min(_THUMBNAIL, max(decode(rows[0]["image"]["bytes"], _LIMITS).image.size))
-    columns = min(_COLUMNS, len(rows))
-    sheet = to_png(grid(np.stack([_small(row["image"]["bytes"], side) for row in rows]), columns))
-    found = (pair for row in rows if (pair := _pair(row, side)) is not None)
-    pairs = list(itertools.islice(found, _PAIRS))
-    edits = to_png(grid(np.concatenate(list(zip(*pairs, strict=True))), len(pairs))) if pairs else None
-    manifest = {**manifest, "contact": storage.put_part(uri, "contact/sheet", ".png", sheet)}
-    sheets = {"sheet": (data_uri(sheet), columns), "edits": (data_uri(edits), len(pairs)) if edits else None}
-    html = _page(uri, manifest, bill, sheets)
-    storage.write_bytes(storage.join(uri, PAGE), html.encode())
-    return manifest
+    sheets: dict[str, tuple[str, int] | None] = {"sheet": None, "edits": None}
+    if rows:
+        side = min(_THUMBNAIL, max(decode(rows[0]["image"]["bytes"], _LIMITS).image.size))
+        small = [_small(row["image"]["bytes"], side) for row in rows]
+        sheets["sheet"] = _sheet(small, min(_COLUMNS, len(rows)))
+        found = (pair for row in rows if (pair := _pair(row, side)) is not None)
+        if pairs := list(itertools.islice(found, _PAIRS)):
+            before, after = zip(*pairs, strict=True)
+            sheets["edits"] = _sheet([*before, *after], len(pairs))
+    storage.write_bytes(storage.join(uri, PAGE), _page(uri, manifest, bill, sheets).encode())
+
+
+def _sheet(pictures: list[Pixels], columns: int) -> tuple[str, int]:
+    """Pictures of one size as an address that holds them all, and its columns."""
+    return data_uri(to_png(grid(np.stack(pictures), columns))), columns
 
 
 def _shown(uri: str, manifest: dict[str, Any]) -> Iterator[Row]:

@@ -7,7 +7,7 @@ from typing import Any
 from pipelines import __version__, storage
 from pipelines.bulk.bill import Bill, bill_of
 from pipelines.bulk.job import STAGING, Job
-from pipelines.bulk.page import PAGE, add_page
+from pipelines.bulk.page import PAGE, write_page
 from pipelines.bulk.painting import Made, through_actors
 from pipelines.bulk.plan import job_uri, plan_job
 from pipelines.bulk.service import through_service
@@ -92,7 +92,7 @@ def _publish(job: Job, parts: list[dict[str, Any]], bill: Bill) -> Outcome:
     if config.format == "png":
         manifest["metadata"] = write_metadata(job.uri, parts)
     storage.write_bytes(storage.join(job.uri, "bill.json"), storage.to_json(bill.as_json()))
-    manifest = add_page(job.uri, manifest, bill)
+    write_page(job.uri, manifest, bill)
     outcome = storage.publish(job.uri, manifest)
     storage.remove_folder(storage.join(job.uri, STAGING))
     if outcome != "created":
