@@ -465,6 +465,7 @@ class ServeOptions(EngineOptions):
     gpus: Annotated[float | None, How()] = Field(
         None, ge=0, description="GPUs of an engine; default: one where the cluster has any"
     )
+    cpus: Annotated[float, How()] = Field(1.0, ge=0, description="CPUs that an engine holds of the cluster's")
     threads: Annotated[int, How()] = Field(0, ge=0, description="CPU threads of an engine; 0 is one per core")
     queue: Annotated[int, How()] = Field(256, ge=1, description="pictures that may wait for an engine")
     timeout: Annotated[float, How()] = Field(300.0, gt=0, description="seconds that a request may take at most")

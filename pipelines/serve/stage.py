@@ -147,7 +147,7 @@ def _engine(config: ServeConfig, source: Source) -> Any:
         counts = {"autoscaling_config": _autoscaling(config)}
     engine = serve.deployment(
         EngineReplica, name=f"model-{source.name}", max_ongoing_requests=_ONGOING, logging_config=_QUIET,
-        ray_actor_options={"num_cpus": 1, "num_gpus": gpus}, graceful_shutdown_timeout_s=config.drain,
+        ray_actor_options={"num_cpus": config.cpus, "num_gpus": gpus}, graceful_shutdown_timeout_s=config.drain,
         health_check_period_s=_HEALTH_S, **counts,
     )  # fmt: skip
     return engine.bind(source, settings)
