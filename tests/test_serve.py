@@ -247,3 +247,13 @@ def test_the_written_configuration_is_the_same_application_and_a_typo_in_it_is_a
     assert type(made(application["args"])) is type(made({"store": store, "name": "tiny"}))
     with pytest.raises(ValueError, match="max_replica"):
         made({**application["args"], "max_replica": 3})
+
+
+def test_engines_have_all_models_or_each_model_its_own(ray_session, store, live):
+    from pipelines.serve.stage import application
+
+    shared = application(ServeConfig(store=store, name="tiny", also=[f"kept={live}"]))
+    apart = application(ServeConfig(store=store, name="tiny", also=[f"kept={live}"], share=False))
+    names = [{engine._bound_deployment.name for engine in made._bound_deployment.init_args[1].values()}
+             for made in (shared, apart)]  # fmt: skip
+    assert names == [{"engine"}, {"engine-tiny", "engine-kept"}]
