@@ -498,9 +498,10 @@ class ServeOptions(EngineOptions):
     host: Annotated[str, How()] = Field("127.0.0.1", description="address to listen on; 0.0.0.0 is every one")
     port: Annotated[int, How()] = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     app: Annotated[str, How()] = Field("images", description="name of the Ray Serve application")
-    replicas: Annotated[int, How()] = Field(1, ge=0, description="engines of a model at least; 0 rests when unused")
+    share: Annotated[bool, How()] = Field(True, description="engines have all the models; else each model its own")
+    replicas: Annotated[int, How()] = Field(1, ge=0, description="engines at least; 0 lets them rest when unused")
     max_replicas: Annotated[int, How()] = Field(
-        0, ge=0, description="engines of a model at most, by their load; 0 is as many as --replicas"
+        0, ge=0, description="engines at most, by their load; 0 is as many as --replicas"
     )
     calls_per_replica: Annotated[int, How()] = Field(
         600, ge=1, description="denoiser calls that may wait for an engine before one more is started"
@@ -510,6 +511,7 @@ class ServeOptions(EngineOptions):
     gpus: Annotated[float | None, How()] = Field(
         None, ge=0, description="GPUs of an engine; default: one where the cluster has any"
     )
+    cpus: Annotated[float, How()] = Field(1.0, ge=0, description="CPUs that an engine holds of the cluster's")
     threads: Annotated[int, How()] = Field(0, ge=0, description="CPU threads of an engine; 0 is one per core")
     queue: Annotated[int, How()] = Field(256, ge=1, description="pictures that may wait for an engine")
     timeout: Annotated[float, How()] = Field(300.0, gt=0, description="seconds that a request may take at most")
@@ -548,7 +550,7 @@ class ServeOptions(EngineOptions):
 
     @property
     def most_replicas(self) -> int:
-        """Engines of a model at most."""
+        """Engines at most."""
         return max(self.max_replicas, self.replicas, 1)
 
 

@@ -43,6 +43,18 @@ def exact_denoiser(denoiser):
     return Denoiser(network.double(), MODEL)
 
 
+class ByHand:
+    """Denoises by a function of x, sigma and label."""
+
+    config = MODEL
+
+    def __init__(self, denoise):
+        self.denoise = denoise
+
+    def __call__(self, x, sigma, label):
+        return self.denoise(x, sigma, label)
+
+
 class Sum:
     """Denoises to x/2, and to NaN for label 1 below sigma 10; counts the inputs of every call."""
 
@@ -99,6 +111,8 @@ def any_request(number):
         fields["noise_level"] = pick([None, 0.7])
     if task == "vary":
         fields["parent"] = 5
+    if fields["label"] is not None:
+        fields["negative"] = pick([None, None, 0, 2])
     return Request(**fields)
 
 
@@ -180,6 +194,27 @@ def test_the_engine_walks_as_the_bare_loop_does(exact_denoiser, sampler, scale):
         ]
     )
     assert torch.allclose(torch.stack(made), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("task", ["generate", "inpaint"])
+def test_guidance_leads_away_from_a_negative_class(exact_denoiser, task):
+    config, scale = SamplerConfig("dpmpp_2m", 6), 1.7
+    more = {"picture": picture(1).double(), "mask": some_mask(1).double()} if task == "inpaint" else {}
+    more |= {"inpainting": Inpainting("replacement")} if more else {}
+
+    def made(denoiser, label, negative, scale):
+        request = Request(5, task, config, label=label, negative=negative, guidance_scale=scale, **more)
+        return Engine(denoiser, (4,), dtype=torch.float64).run([request])[0]
+
+    def by_hand(x, sigma, label):
+        towards, away = (exact_denoiser(x, sigma, torch.full_like(label, own)) for own in (0, 2))
+        return away + scale * (towards - away)
+
+    led = made(exact_denoiser, 0, 2, scale)
+    plain = made(ByHand(by_hand), 1, None, 1.0)
+    assert torch.allclose(led, plain, rtol=0, atol=1e-12)
+    assert not torch.allclose(led, made(exact_denoiser, 0, None, scale), atol=1e-3)
+    assert torch.equal(made(exact_denoiser, 2, 2, scale), made(exact_denoiser, 2, None, 1.0)), "one pass is enough"
 
 
 def test_replacement_with_resampling_is_that_of_the_bare_loop(exact_denoiser):

@@ -208,7 +208,7 @@ def test_samplers_in_sigma_with_ten_steps(name, scheduler, prediction, total, me
 
 
 @pytest.mark.parametrize(
-    ("name", "scheduler"), [*{row[:2] for row in SCALING}, ("euler", diffusers.EulerDiscreteScheduler)]
+    ("name", "scheduler"), [*dict.fromkeys(row[:2] for row in SCALING), ("euler", diffusers.EulerDiscreteScheduler)]
 )
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_samplers_in_sigma_are_those_of_diffusers_as_pipelines_run_them(name, scheduler, prediction):

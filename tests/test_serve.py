@@ -1,5 +1,8 @@
 import base64
+import importlib
 import io
+import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -7,21 +10,39 @@ import numpy as np
 import openai
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from PIL import Image
+from support.models import publish
 from test_worker import BOX, mask, picture
 
 from pipelines import bulk, storage
-from pipelines.config import GenerateConfig, PipelineError, ServeConfig
+from pipelines.config import GenerateConfig, PipelineError, PromoteConfig, RollbackConfig, ServeConfig
 from pipelines.images import from_png, to_png
+from pipelines.model import model_digest
+from pipelines.registry import promote, roll_back
 from pipelines.requests import ImageRequest
 from pipelines.worker import load_worker, picture_seed
 
 
 @pytest.fixture(scope="module")
-def url(ray_session, tiny_model):
+def store(tmp_path_factory, tiny_model):
+    """A store of its own that holds the model, and nothing promoted."""
+    folder = tmp_path_factory.mktemp("served")
+    shutil.copytree(tiny_model.split("/models/")[0], folder, dirs_exist_ok=True)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def live(store, tiny_model):
+    """URI of the same model in that store."""
+    return f"{store}/models/{tiny_model.split('/models/')[1]}"
+
+
+@pytest.fixture(scope="module")
+def url(ray_session, store, live):
     from pipelines import serve
 
-    yield serve.start(ServeConfig(model=tiny_model, name="tiny", port=0))
+    yield serve.start(ServeConfig(store=store, name="tiny", also=[f"kept={live}"], port=0, watch=0.2, cpus=0.25))
     serve.stop()
 
 
@@ -76,7 +97,7 @@ def test_denoising_answers_with_the_mean_unless_more_steps_are_asked_for(client,
 
 def test_the_unmodified_openai_client_works(url):
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert [model.id for model in client.models.list()] == ["tiny", "kept"]
     made = client.images.generate(model="tiny", prompt="cat", n=2, size="auto", extra_body={"steps": 3, "seed": 1})
     assert [from_png(base64.b64decode(item.b64_json)).shape for item in made.data] == [(8, 8, 3)] * 2
     image, hole = io.BytesIO(to_png(picture())), io.BytesIO(mask(BOX))
@@ -132,12 +153,10 @@ def test_an_answer_tells_what_made_it(client, tiny_model):
     assert told["model"] == answer["version"] == client.get("/v1/models").json()["data"][0]["digest"]
 
 
-def test_bulk_through_the_service_has_the_same_bytes_as_through_actors(url, tmp_path, tiny_model):
+def test_bulk_through_the_service_has_the_same_bytes_as_through_actors(url, tmp_path, live):
     shards = []
     for via in ("serve", "actors"):
-        job = GenerateConfig(
-            store=str(tmp_path / via), model=tiny_model, name="t", count=20, shard_size=8, steps=3, via=via
-        )
+        job = GenerateConfig(store=str(tmp_path / via), model=live, name="t", count=20, shard_size=8, steps=3, via=via)
         uri = bulk.run(job).uri
         shards.append([storage.read_part(uri, part) for part in storage.read_manifest(uri, "images")["parts"]])
     assert shards[0] == shards[1]
@@ -153,8 +172,6 @@ def test_an_answer_of_the_service_and_a_row_of_bulk_are_the_same_file(client, tm
 
 
 def test_bulk_refuses_a_service_that_runs_another_model(url, tmp_path, tiny_model):
-    import shutil
-
     other = str(tmp_path / "model")
     shutil.copytree(tiny_model, other)
     job = GenerateConfig(store=str(tmp_path), model=other, name="t", count=4, steps=3, via="serve")
@@ -175,3 +192,68 @@ def test_a_missing_model_is_refused(tmp_path):
 
     with pytest.raises(storage.StorageError, match="no published model here"):
         serve.start(ServeConfig(store=str(tmp_path), name="none"))
+
+
+def test_a_promotion_and_a_roll_back_change_the_answers_without_a_restart(client, store, live):
+    other = publish(store, 7)
+    body = {"seed": 3, "steps": 3, "guidance_scale": 1.0}
+    expected = {
+        uri: load_worker(uri).paint([ImageRequest(seed=picture_seed(3, 0), steps=3, guidance_scale=1.0)])[0]
+        for uri in (live, other)
+    }
+
+    def answered_by(uri):
+        end = time.monotonic() + 60
+        while True:
+            answer = client.post("/v1/images/generations", json=body)
+            made = pictures(answer)[0]
+            (digest,) = (model["digest"] for model in client.get("/v1/models").json()["data"] if model["id"] == "tiny")
+            assert any(np.array_equal(made, expected[each]) for each in expected)
+            if digest == model_digest(storage.read_manifest(uri, "model")) == answer.json()["version"]:
+                return np.array_equal(made, expected[uri])
+            assert time.monotonic() < end, "the service did not follow"
+
+    promote(PromoteConfig(model=live, force=True, reason="test"))
+    promote(PromoteConfig(model=other, force=True, reason="test"))
+    assert answered_by(other)
+    kept = client.post("/v1/images/generations", json={**body, "model": "kept"})
+    assert np.array_equal(pictures(kept)[0], expected[live])
+    roll_back(RollbackConfig(store=store, name="tiny"))
+    assert answered_by(live)
+
+
+def test_who_hangs_up_at_the_proxy_frees_the_engine(url, client):
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/images/generations", json={"n": 64, "steps": 1000}, timeout=1)
+    began = time.monotonic()
+    pictures(client.post("/v1/images/generations", json={"steps": 3}))
+    assert time.monotonic() - began < 20, "64,000 calls would take minutes"
+
+
+def test_the_written_configuration_is_the_same_application_and_a_typo_in_it_is_an_error(url, tmp_path, store):
+    from ray.serve.schema import ServeDeploySchema
+
+    from pipelines import serve
+
+    path = str(tmp_path / "service.yaml")
+    config = ServeConfig(store=store, name="tiny", max_replicas=3, keys="s3://bucket/keys.json", to=path)
+    assert serve.run(config).uri == path
+    with open(path) as file:
+        written = yaml.safe_load(file)
+    ServeDeploySchema.model_validate(written)
+    (application,) = written["applications"]
+    module, _, name = application["import_path"].partition(":")
+    made = getattr(importlib.import_module(module), name)
+    assert type(made(application["args"])) is type(made({"store": store, "name": "tiny"}))
+    with pytest.raises(ValueError, match="max_replica"):
+        made({**application["args"], "max_replica": 3})
+
+
+def test_engines_have_all_models_or_each_model_its_own(ray_session, store, live):
+    from pipelines.serve.stage import application
+
+    shared = application(ServeConfig(store=store, name="tiny", also=[f"kept={live}"]))
+    apart = application(ServeConfig(store=store, name="tiny", also=[f"kept={live}"], share=False))
+    names = [{engine._bound_deployment.name for engine in made._bound_deployment.init_args[1].values()}
+             for made in (shared, apart)]  # fmt: skip
+    assert names == [{"engine"}, {"engine-tiny", "engine-kept"}]

@@ -92,7 +92,9 @@ def through_serve(handles: dict[str, Any]) -> Call:
     """Calls of the deployment of each model's engines, by the model's name."""
 
     async def call(version: Version, order: Order) -> AsyncGenerator[Event, None]:
-        response = handles[version.name].options(stream=True, method_name="make").remote(version.uri, order)
+        response = (
+            handles[version.name].options(stream=True, method_name="make").remote(version.name, version.uri, order)
+        )
         try:
             async for event in response:
                 yield event

@@ -73,7 +73,7 @@ class Ingress:
     async def describe_model(self, model: str) -> dict[str, Any]:
         """What the version at the URI `model` is, and the numerics profile of an engine that has it."""
         version = await self._version_of(model)
-        about: dict[str, Any] = await self.engines[version.name].describe.remote(version.uri)
+        about: dict[str, Any] = await self.engines[version.name].describe.remote(version.name, version.uri)
         return about
 
     async def _ends(self, version: Version, order: Order) -> list[Any]:
@@ -104,7 +104,7 @@ class Ingress:
         """Have an engine load a version before it answers; where engines rest, the first request will."""
         if not self.config.replicas:
             return None
-        problem: str | None = await self.engines[version.name].load.remote(version.uri)
+        problem: str | None = await self.engines[version.name].load.remote(version.name, version.uri)
         return problem
 
 
@@ -126,10 +126,13 @@ def build(arguments: dict[str, Any]) -> Any:
 
 def application(config: ServeConfig) -> Any:
     """The application of these settings. Raises PipelineError where a model is missing or damaged."""
-    engines = {}
-    for source in sources(config):
+    served = sources(config)
+    for source in served:
         load_model(source.current())  # what is wrong with it is told here, and not by engines that keep restarting
-        engines[source.name] = _engine(config, source)
+    if config.share:
+        engines = dict.fromkeys((source.name for source in served), _engine(config, "engine", served))
+    else:
+        engines = {source.name: _engine(config, f"engine-{source.name}", [source]) for source in served}
     ingress = serve.deployment(
         Ingress, name="Ingress", num_replicas=config.ingress_replicas, max_ongoing_requests=_ONGOING,
         max_queued_requests=_ONGOING, logging_config=_QUIET, ray_actor_options={"num_cpus": 0},
@@ -138,19 +141,19 @@ def application(config: ServeConfig) -> Any:
     return ingress.bind(config, engines)
 
 
-def _engine(config: ServeConfig, source: Source) -> Any:
-    """The deployment of a model's engines."""
+def _engine(config: ServeConfig, name: str, served: list[Source]) -> Any:
+    """A deployment of engines for these models."""
     settings = EngineSettings(config.lanes, config.threads, config.queue, config.watch, config.versions)
     gpus = config.gpus if config.gpus is not None else float(_gpus())
     counts: dict[str, Any] = {"num_replicas": config.replicas}
     if config.most_replicas > config.replicas:
         counts = {"autoscaling_config": _autoscaling(config)}
     engine = serve.deployment(
-        EngineReplica, name=f"model-{source.name}", max_ongoing_requests=_ONGOING, logging_config=_QUIET,
-        ray_actor_options={"num_cpus": 1, "num_gpus": gpus}, graceful_shutdown_timeout_s=config.drain,
+        EngineReplica, name=name, max_ongoing_requests=_ONGOING, logging_config=_QUIET,
+        ray_actor_options={"num_cpus": config.cpus, "num_gpus": gpus}, graceful_shutdown_timeout_s=config.drain,
         health_check_period_s=_HEALTH_S, **counts,
     )  # fmt: skip
-    return engine.bind(source, settings)
+    return engine.bind(served, settings)
 
 
 def _autoscaling(config: ServeConfig) -> dict[str, Any]:
