@@ -46,7 +46,7 @@ def quiet(table, tiny_model, tmp_path_factory):
 def start(table, model, store, *flags, **environment):
     command = [sys.executable, "-m", "pipelines", "generate", "--model", model, "--table", table, "--store", str(store)]
     # Many steps, so that a shard takes long enough to be killed in.
-    command += ["--name", "x", "--steps", "200", "--shard-size", str(SHARD), "--workers", "1", *flags]
+    command += ["--name", "x", "--steps", "200", "--shard-size", str(SHARD), "--workers", "2", *flags]
     return subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, "RAY_AUTH_MODE": "disabled", **environment}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,

@@ -22,8 +22,9 @@ from pipelines.config import GenerateCommand, GenerateConfig, PipelineError, Tra
 from pipelines.image_sets import rejected_of, rows_of
 from pipelines.images import from_png, to_png
 from pipelines.lineage import trace, verify
+from pipelines.model import load_model
 from pipelines.requests import ImageRequest
-from pipelines.worker import load_worker
+from pipelines.worker import Worker, load_worker
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 NAMES = ["class", "seed", "steps", "guidance_scale", "order"]
@@ -31,8 +32,14 @@ ROWS = [["cat", 5, 3, 1.5, "a-1"], ["bear", None, None, None, "a-2"], ["", 7, 2,
 
 
 def config(tmp_path, model, **settings):
-    chosen = {"shard_size": 2, "steps": 3, "name": "t", "workers": 1, **settings}
+    chosen = {"shard_size": 2, "steps": 3, "name": "t", "workers": 1, "lanes": 4, **settings}
     return GenerateConfig(store=str(tmp_path / "store"), model=model, **chosen)
+
+
+@pytest.fixture(scope="module")
+def worker(tiny_model):
+    """A worker as a job's, whose pictures are compared with the job's."""
+    return load_worker(tiny_model, lanes=4)
 
 
 def csv_of(path, names=NAMES, rows=ROWS):
@@ -69,7 +76,7 @@ def png(pixels):
     return buffer.getvalue()
 
 
-def test_a_table_of_any_kind_gives_the_pictures_that_its_rows_ask_for(tmp_path, tiny_model):
+def test_a_table_of_any_kind_gives_the_pictures_that_its_rows_ask_for(worker, tmp_path, tiny_model):
     tables = [csv_of(tmp_path / "t.csv"), jsonl_of(tmp_path / "t.jsonl"), parquet_of(tmp_path / "t.parquet")]
     made = [rows(bulk.run(config(tmp_path, tiny_model, table=table, carry=["order"])).uri) for table in tables]
     assert made[0] == made[1] == made[2]
@@ -79,7 +86,6 @@ def test_a_table_of_any_kind_gives_the_pictures_that_its_rows_ask_for(tmp_path, 
         ("cat", 3, 1.5), ("bear", 3, 2.0), ("", 2, 2.0), ("cat", 2, 3.0),
     ]  # fmt: skip
     assert [row["seed"] for row in table][::2] == [5, 7]
-    worker = load_worker(tiny_model)
     for row in table:
         asked = ImageRequest(**{name: row[name] for name in ("prompt", "seed", "steps", "guidance_scale")})
         assert (from_png(row["image"]["bytes"]) == worker.paint([asked])[0]).all()
@@ -121,7 +127,9 @@ def test_all_rows_that_are_wrong_are_told_before_anything_is_made(tmp_path, tiny
     assert storage.list_if_any(str(tmp_path / "store")) == []
 
 
-def test_rows_that_are_wrong_are_left_out_where_that_is_asked_for_and_the_others_stay_as_they_are(tmp_path, tiny_model):
+def test_rows_that_are_wrong_are_left_out_where_that_is_asked_for_and_the_others_stay_as_they_are(
+    worker, tmp_path, tiny_model
+):
     table = csv_of(tmp_path / "t.csv", ["class", "seed", "steps"], BAD)
     uri = bulk.run(config(tmp_path, tiny_model, table=table, skip_bad=True)).uri
     manifest = storage.read_manifest(uri, "images")
@@ -129,7 +137,7 @@ def test_rows_that_are_wrong_are_left_out_where_that_is_asked_for_and_the_others
     assert manifest["reasons"] == {"bad_row": 3}
     assert [row["row"] for row in rows(uri)] == [0, 4]
     assert [row["row"] for row in rejected(uri)] == [1, 2, 3]
-    (alone,) = load_worker(tiny_model).paint([ImageRequest(prompt="bear", seed=5, steps=3)])
+    (alone,) = worker.paint([ImageRequest(prompt="bear", seed=5, steps=3)])
     assert (from_png(rows(uri)[1]["image"]["bytes"]) == alone).all()
     verify.run(VerifyConfig(uri=uri))
 
@@ -196,7 +204,7 @@ def test_more_impossible_rows_than_are_allowed_stop_the_run_which_goes_on_where_
     assert storage.is_published(bulk.run(job.model_copy(update={"max_rejected": "50%"})).uri)
 
 
-def test_pictures_may_stand_in_a_parquet_table_as_bytes_and_as_datasets_store_them(tmp_path, tiny_model):
+def test_pictures_may_stand_in_a_parquet_table_as_bytes_and_as_datasets_store_them(worker, tmp_path, tiny_model):
     pixels = np.random.default_rng(1).integers(256, size=(8, 8, 3), dtype=np.uint8)
     data = to_png(pixels)
     for number, image in enumerate((data, {"bytes": data, "path": "x.png"})):
@@ -205,7 +213,7 @@ def test_pictures_may_stand_in_a_parquet_table_as_bytes_and_as_datasets_store_th
         job = config(tmp_path, tiny_model, table=str(table), task="denoise", carry=["id"], seed=3)
         (row,) = rows(bulk.run(job).uri)
         asked = ImageRequest(task="denoise", image=data, noise_level=0.3, seed=row["seed"], steps=3, guidance_scale=1)
-        assert (from_png(row["image"]["bytes"]) == load_worker(tiny_model).paint([asked])[0]).all()
+        assert (from_png(row["image"]["bytes"]) == worker.paint([asked])[0]).all()
         assert (row["id"], row["guidance_scale"], row["image_sha256"]) == (7, 1.0, storage.digest(data))
 
 
@@ -268,16 +276,28 @@ def test_verify_notices_every_byte_and_every_row(tmp_path, tiny_model):
         verify.run(VerifyConfig(uri=uri))
 
 
-def test_a_job_that_was_begun_on_another_kind_of_device_is_not_mixed(tmp_path, tiny_model):
+def test_a_job_that_was_begun_on_another_kind_of_device_is_not_mixed(worker, tmp_path, tiny_model):
     job = config(tmp_path, tiny_model, count=4)
-    profile = load_worker(tiny_model).profile
+    profile = worker.profile
     pin(job_uri(job), {**profile, "torch": "0.1"})
     with pytest.raises(PipelineError, match=r"torch 0.1 there, .* here.*another --name"):
         bulk.run(job)
 
 
 def test_a_dry_run_tells_rows_time_and_cost_and_writes_nothing(tmp_path, tiny_model, edits, capsys):
-    flags = ["--model", tiny_model, "--store", str(tmp_path / "store"), "--price", "2.5", "--dry-run", "--steps", "3"]
+    flags = [
+        "--lanes",
+        "4",
+        "--model",
+        tiny_model,
+        "--store",
+        str(tmp_path / "store"),
+        "--price",
+        "2.5",
+        "--dry-run",
+        "--steps",
+        "3",
+    ]
     bulk.rehearse(parse(GenerateCommand, "generate", [*flags, "--count", "100"]))
     out = capsys.readouterr().out
     assert "100 rows in 2 shards of 64" in out
@@ -313,11 +333,12 @@ class Counting:
         return ended
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_rows_that_come_while_others_are_made_share_their_ticks_and_every_row_gets_its_own_picture(tiny_model):
-    steps = 500
+    steps = 100
     asked = [[ImageRequest(seed=10 * batch + row, steps=steps) for row in range(3)] for batch in range(2)]
-    expected = [load_worker(tiny_model).paint(batch) for batch in asked]
-    worker = load_worker(tiny_model)
+    worker = Worker(load_model(tiny_model), lanes=8, threads=1)
+    expected = [worker.paint(batch) for batch in asked]
     worker.engine = Counting(worker.engine)
     shared = Shared(worker)
     with ThreadPoolExecutor(2) as pool:
@@ -334,8 +355,10 @@ def test_rows_that_come_while_others_are_made_share_their_ticks_and_every_row_ge
     assert shared.take_seconds() == 0
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_an_engine_that_breaks_tells_all_who_wait_and_goes_on_for_the_next(tiny_model):
-    worker = load_worker(tiny_model)
+    worker = Worker(load_model(tiny_model), lanes=8, threads=1)
+    (expected,) = worker.paint([ImageRequest(seed=1, steps=2)])
     engine, breaks = Counting(worker.engine), [True]
 
     def tick():
@@ -348,4 +371,4 @@ def test_an_engine_that_breaks_tells_all_who_wait_and_goes_on_for_the_next(tiny_
     with pytest.raises(RuntimeError, match="out of memory"):
         shared.paint([ImageRequest(seed=1, steps=2)])
     (end,) = shared.paint([ImageRequest(seed=1, steps=2)]).ends
-    assert (end == load_worker(tiny_model).paint([ImageRequest(seed=1, steps=2)])[0]).all()
+    assert (end == expected).all()

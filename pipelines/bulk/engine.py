@@ -46,9 +46,10 @@ class Shared:
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self._seconds: queue.SimpleQueue[float] = queue.SimpleQueue()
-        self._inbox: queue.SimpleQueue[_Batch] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         self._flying: dict[int, tuple[_Batch, int]] = {}
         self._admitting: _Batch | None = None
+        self._closed = False
         threading.Thread(target=self._run, name="engine", daemon=True).start()
 
     def paint(self, requests: Sequence[ImageRequest | Rejection]) -> Painted:
@@ -70,6 +71,10 @@ class Shared:
             except queue.Empty:
                 return round(total, 3)
 
+    def close(self) -> None:
+        """Let the thread end once nobody waits any more."""
+        self._inbox.put(None)
+
     def _opened(self, request: ImageRequest | Rejection) -> Opened | Rejection:
         """A request with its files decoded, or why there is none."""
         try:
@@ -78,8 +83,8 @@ class Shared:
             return Rejection("refused", str(error))
 
     def _run(self) -> None:
-        """Admit what has come, make a call, hand out what has ended; for ever."""
-        while True:
+        """Admit what has come, make a call, hand out what has ended; until it is closed."""
+        while not self._closed:
             try:
                 self._step()
             except Exception as error:  # noqa: BLE001  # whoever waits is told, whatever it is
@@ -94,7 +99,11 @@ class Shared:
 
     def _step(self) -> None:
         while not self._flying or not self._inbox.empty():
-            self._admit(self._inbox.get())
+            batch = self._inbox.get()
+            if batch is None:
+                self._closed = True
+                return
+            self._admit(batch)
         begun = time.perf_counter()
         ended = self.worker.engine.tick()
         self._seconds.put(time.perf_counter() - begun)

@@ -1,16 +1,20 @@
-"""Shards made and committed by a pool of workers on the whole cluster."""
+"""Shards made and committed by workers: a pool on the whole cluster, or one in this process."""
 
 import contextlib
 import json
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+
+import torch
 
 from pipelines.bulk.engine import Shared
 from pipelines.bulk.inputs import read_requests
 from pipelines.bulk.job import Job
 from pipelines.bulk.numerics import pin, pinned
 from pipelines.bulk.shards import Record, commit_shard, record_of
-from pipelines.config import PipelineError
+from pipelines.config import PipelineError, ray_address
 from pipelines.model import load_model
 from pipelines.worker import Worker, load_worker, pool_size
 
@@ -68,16 +72,28 @@ def _worker(job: Job) -> Worker:
 
 
 def through_actors(job: Job, missing: Sequence[int]) -> Iterator[Made]:
-    """Shards made by a Ray Data pool of workers, one per device, as they come. Raises PipelineError on a fault."""
-    import ray
-    import ray.data
+    """Shards made by workers, one per device, as they come. Raises PipelineError on a fault.
 
+    They are a Ray Data pool; one in this process where one is all that there would be.
+    """
     if not missing:
         return
     load_model(job.config.model)  # a damaged model is an error here, in one line, and not of an actor that starts again
+    size = pool_size(job.config.workers, len(missing))
+    for row in (_here if size == 1 and ray_address() is None else _by_pool)(job, missing, size):
+        if row["fault"]:
+            raise PipelineError(row["fault"])
+        yield int(row["shard"]), json.loads(row["record"])
+
+
+def _by_pool(job: Job, missing: Sequence[int], size: int) -> Iterator[dict[str, Any]]:
+    """What a Ray Data pool of painters says of each shard."""
+    import ray
+    import ray.data
+
     ray.data.DataContext.get_current().enable_progress_bars = False
     pool = ray.data.ActorPoolStrategy(
-        size=pool_size(job.config.workers, len(missing)),
+        size=size,
         max_tasks_in_flight_per_actor=_AT_ONCE,
         max_concurrent_calls_per_actor=_AT_ONCE,
         enable_true_multi_threading=True,
@@ -85,7 +101,21 @@ def through_actors(job: Job, missing: Sequence[int]) -> Iterator[Made]:
     rows = ray.data.from_items([{"shard": shard} for shard in missing], override_num_blocks=min(len(missing), _TASKS))
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
     painted = rows.map(ShardPainter, fn_constructor_args=(job,), compute=pool, num_cpus=1, num_gpus=gpus)
-    for row in painted.iter_rows():
-        if row["fault"]:
-            raise PipelineError(row["fault"])
-        yield int(row["shard"]), json.loads(row["record"])
+    yield from painted.iter_rows()
+
+
+def _here(job: Job, missing: Sequence[int], _: int) -> Iterator[dict[str, Any]]:
+    """What a painter in this process says of each shard."""
+    threads, painter = torch.get_num_threads(), ShardPainter(job)
+    pool, flying = ThreadPoolExecutor(_AT_ONCE), deque[Future[dict[str, Any]]]()
+    try:
+        for shard in missing:
+            flying.append(pool.submit(painter, {"shard": shard}))
+            if len(flying) > _AT_ONCE:
+                yield flying.popleft().result()
+        while flying:
+            yield flying.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        painter.shared.close()
+        torch.set_num_threads(threads)
