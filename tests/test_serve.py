@@ -236,7 +236,7 @@ def test_the_written_configuration_is_the_same_application_and_a_typo_in_it_is_a
     from pipelines import serve
 
     path = str(tmp_path / "service.yaml")
-    config = ServeConfig(store=store, name="tiny", max_replicas=3, keys="s3://bucket/keys.json", to=path)
+    config = ServeConfig(store=store, name="tiny", max_replicas=3, key_file="s3://bucket/keys.json", to=path)
     assert serve.run(config).uri == path
     with open(path) as file:
         written = yaml.safe_load(file)

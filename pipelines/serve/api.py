@@ -4,9 +4,9 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import fastapi
 from fastapi.middleware.cors import CORSMiddleware
@@ -26,6 +26,7 @@ from pipelines.serve.schemas import REQUEST_FIELDS, Body, DenoiseForm, EditForm,
 from pipelines.worker import picture_seed
 from pipelines.worker.loop import End, Event, Order, Preview, Refusal
 
+T = TypeVar("T")
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": told}
     for status, told in {
@@ -141,9 +142,28 @@ async def _answer(service: Service, request: fastapi.Request, body: Body) -> Res
     events = _counted(service.dispatcher.make(version, order), Asked(version.name, body.task), body.n, service.metrics)
     if body.stream:
         return await _stream(making, events)
-    ends, refusal = await pictures(events)
+    ends, refusal = await _unless_gone(request, pictures(events))
     _check_ends(ends, refusal)
     return JSONResponse(await asyncio.to_thread(making.answer, ends))
+
+
+async def _unless_gone(request: fastapi.Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of work for a client, which is stopped where the client hangs up meanwhile."""
+    working, leaving = asyncio.create_task(work), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise fastapi.HTTPException(499, "the client hung up")
+        return await working
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _gone(request: fastapi.Request) -> None:
+    """Return once the client has hung up."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _version(service: Service, body: Body) -> Version:

@@ -44,7 +44,7 @@ class Ingress:
         self.config, self.engines = config, engines
         metrics = RequestMetrics()
         dispatcher = Dispatcher(through_serve(engines), config.retries, metrics.retry)
-        ring = KeyRing(read_keys(config.keys) if config.keys else [], config.ingress_replicas)
+        ring = KeyRing(read_keys(config.key_file) if config.key_file else [], config.ingress_replicas)
         self.service = Service(config, Catalogue(sources(config), self._prepare), dispatcher, ring, metrics)
         self._others: dict[str, Version] = {}
         await self.service.catalogue.refresh()
@@ -185,8 +185,8 @@ def run(config: ServeConfig) -> Outcome:
     if config.to is not None:
         return _write(config, config.to)
     url = start(config)
-    if config.host not in ("127.0.0.1", "localhost", "::1") and not config.keys:
-        print(f"serve: no --keys: whoever reaches {config.host}:{config.port} may use it", flush=True)
+    if config.host not in ("127.0.0.1", "localhost", "::1") and not config.key_file:
+        print(f"serve: no --key-file: whoever reaches {config.host}:{config.port} may use it", flush=True)
     print(f"serve: {url}  (documentation at {url}/docs; stop with Ctrl-C)", flush=True)
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
