@@ -22,6 +22,7 @@ from pipelines.serve.errors import RefusedError, add_handlers, error_body, refus
 from pipelines.serve.guard import Guard, sender
 from pipelines.serve.keys import KeyRing
 from pipelines.serve.metrics import Asked, RequestMetrics
+from pipelines.serve.page import add_page
 from pipelines.serve.schemas import REQUEST_FIELDS, Body, DenoiseForm, EditForm, GenerationBody, VariationForm
 from pipelines.worker import picture_seed
 from pipelines.worker.loop import End, Event, Order, Preview, Refusal
@@ -56,6 +57,7 @@ def create_api(service: Service) -> fastapi.FastAPI:
     if service.config.origin:
         allowed = ["Authorization", "Content-Type"]
         api.add_middleware(CORSMiddleware, allow_origins=service.config.origin, allow_headers=allowed)
+    add_page(api)
     _add_state(api, service)
     _add_images(api, service)
     document = api.openapi
