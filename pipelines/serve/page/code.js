@@ -12,7 +12,7 @@ export function curl({ task, index }, service, guarded) {
   if (guarded) lines.push(`-H "Authorization: Bearer $${VARIABLE}"`);
   if (task.files) {
     for (const name of Object.keys(task.files)) lines.push(`-F ${name}=@${name}.png`);
-    for (const [name, value] of Object.entries(task.fields)) lines.push(`-F ${quoted(`${name}=${value}`)}`);
+    for (const [name, value] of Object.entries(task.fields)) lines.push(`${form(value)} ${quoted(`${name}=${value}`)}`);
   } else {
     lines.push("-H 'Content-Type: application/json'", `-d ${quoted(write(task.fields))}`);
   }
@@ -31,7 +31,7 @@ export function python(picture, service, guarded) {
     "from openai import OpenAI",
     ...(task.kind === "denoise" ? ["from openai.types import ImagesResponse"] : []), "",
     `client = OpenAI(base_url=${text(`${service}v1`)}, api_key=${guarded ? `os.environ["${VARIABLE}"]` : '"none"'})`,
-    made,
+    "", made,
     'with open("picture.png", "wb") as file:',
     `    file.write(base64.b64decode(answer.data[${index}].b64_json))`,
   ].join("\n");
@@ -61,6 +61,11 @@ function pairs(entries) {
 
 function literal(name, value) {
   return name === "seed" || name === "parent" || typeof value === "number" ? String(value) : text(value);
+}
+
+/** The option for a field: with -F, a value that begins with @ or < would be read from a file. */
+function form(value) {
+  return /^[@<]/.test(value) ? "--form-string" : "-F";
 }
 
 /** A Python string. */

@@ -137,7 +137,7 @@ export class Studio {
   #end(run) {
     this.run = null;
     this.results = this.results.filter((each) => each && !each.coming);
-    this.#choose(this.results[0] ?? this.subject);
+    this.#choose(this.chosen.coming ? this.results[0] ?? this.subject : this.chosen);
     if (run.state === "failed" && this.dialog.open) {
       const again = () => find("studio-form").requestSubmit();
       showNotice(find("studio-notices"), run.error, { retry: [0, 429, 503, 504].includes(run.error.status) ? again : null });
