@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
 from pipelines.serve.catalogue import Version
 from pipelines.worker.loop import End, Event, Order, Preview, Refusal
@@ -16,7 +16,6 @@ from pipelines.worker.loop import End, Event, Order, Preview, Refusal
 _PAUSE_S = 0.2
 # What an engine's own clock may be late by before its answer is no longer waited for.
 _GRACE_S = 5.0
-_DEAD = (RayActorError, WorkerCrashedError, RequestCancelledError)
 
 Call = Callable[[Version, Order], AsyncGenerator[Event, None]]
 
@@ -98,12 +97,12 @@ def through_serve(handles: dict[str, Any]) -> Call:
         try:
             async for event in response:
                 yield event
-        except _DEAD as error:
-            raise EngineDiedError(f"engine: {type(error).__name__}") from error
         except RayTaskError as error:
             raise EngineDiedError(f"engine: {type(error.cause).__name__}") from error
         except (BackPressureError, DeploymentUnavailableError) as error:
             yield Refusal("unavailable", f"engine: {type(error).__name__}", 5.0)
+        except (RayError, RayServeException) as error:
+            raise EngineDiedError(f"engine: {type(error).__name__}") from error
         finally:
             response.cancel()
 
