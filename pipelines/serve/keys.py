@@ -104,7 +104,10 @@ class KeyRing:
 
     def leave(self, key: Key) -> None:
         """End a request."""
-        self._use(key).running -= 1
+        use = self._use(key)
+        use.running -= 1
+        if not use.running and key.pictures_per_minute is None:
+            del self._uses[key.name]  # without keys there is a name for each address that ever asked
 
     def spend(self, key: Key, pictures: int) -> float:
         """Take pictures from what is left of the minute; 0, or the seconds after which they would be there."""
