@@ -14,6 +14,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from pipelines import __version__
 from pipelines.config import SampleOptions, ServeConfig
+from pipelines.frame import Frame
+from pipelines.images import LONGEST_SIDE
 from pipelines.requests import ImageRequest, RequestError, open_request
 from pipelines.serve.answers import ErrorAnswer, ImagesAnswer, Making, describe, event
 from pipelines.serve.catalogue import Catalogue, Version
@@ -36,6 +38,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         504: "not done in time",
     }.items()
 }  # fmt: skip
+# Pictures of the largest size that an answer may hold, previews among them: they are in memory at once.
+_WHOLE_PICTURES = 4
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,9 @@ def create_api(service: Service) -> fastapi.FastAPI:
     add_handlers(api)
     api.add_middleware(Guard, ring=service.ring, max_body=int(service.config.max_body))
     if service.config.origin:
-        allowed = ["Authorization", "Content-Type"]
-        api.add_middleware(CORSMiddleware, allow_origins=service.config.origin, allow_headers=allowed)
+        methods, headers = ["GET", "POST"], ["Authorization", "Content-Type"]
+        origins = service.config.origin
+        api.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=headers)
     add_page(api)
     _add_state(api, service)
     _add_images(api, service)
@@ -197,7 +202,20 @@ async def _open(body: Body, version: Version, config: ServeConfig) -> Making:
     seeds = [picture_seed(seed, index) for index in range(body.n)]
     asked = ImageRequest(task=body.task, seed=seeds[0], **fields, **options, **data)
     opened = await asyncio.to_thread(open_request, asked, version.config, config.max_pixels)
+    if opened.frame is not None:
+        _check_answer(body, opened.frame, config)
     return Making(body, version, asked, opened, seed, seeds)
+
+
+def _check_answer(body: Body, frame: Frame, config: ServeConfig) -> None:
+    """Refuse pictures of the caller's own size that the format cannot hold, or that are too much all together."""
+    most, count = LONGEST_SIDE[body.output_format], body.n * (1 + body.partial_images)
+    if max(frame.width, frame.height) > most:
+        told = f"{body.output_format!r} has sides up to {most}; the image has {frame.width}x{frame.height} pixels"
+        raise RequestError("output_format", f"{told}; take png")
+    if count * frame.width * frame.height > _WHOLE_PICTURES * config.max_pixels:
+        told = f"{count} pictures and previews of {frame.width}x{frame.height} pixels"
+        raise RequestError("n", f"{told}; an answer has up to {_WHOLE_PICTURES * config.max_pixels} pixels in all")
 
 
 async def _stream(making: Making, events: AsyncGenerator[Event, None]) -> Response:
@@ -239,7 +257,7 @@ def _check_ends(ends: list[End], refusal: Refusal | None) -> None:
         raise RefusedError(refusal)
     failed = next((end for end in ends if end.error is not None), None)
     if failed is not None:
-        raise RequestError("request", f"picture {failed.index}: {failed.error}; ask for other settings")
+        raise RequestError("request", f"picture {failed.place}: {failed.error}; ask for other settings")
 
 
 async def _counted(
