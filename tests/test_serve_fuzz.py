@@ -123,7 +123,6 @@ def test_ten_thousand_malformed_requests_are_refused_and_memory_stays_flat(clien
         ('{"seed": 4611686018427387904}', "seed"),
         ('{"seed": 1.5}', "seed"),
         ('{"seed": ' + "1" * 5000 + "}", None),
-        ('{"n": true}', "n"),
         ("[" * 100_000, None),
     ],
 )
