@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import httpx
 import numpy as np
 import pytest
 import ray
+import s3fs
 from conftest import ROOT
 from support.models import publish
 
@@ -399,13 +401,13 @@ def test_the_only_engine_dies_or_fails_and_its_requests_wait_for_the_next_one(al
 
 
 def test_engines_come_with_the_load_from_none_and_go_again(alone, store):
-    with running(store, replicas=0, max_replicas=2, calls_per_replica=300, rest_after=1.0) as url:
+    with running(store, replicas=0, max_replicas=2, calls_per_replica=100, rest_after=1.0) as url:
         assert not engines()
         answers = []
         body = body_of(1, 20)
         answers.append((body, httpx.post(f"{url}/v1/images/generations", json=body, timeout=START_S).json()))
         assert len(engines()) == 1
-        with Load(url, senders=8, steps=(300, 400)) as load:
+        with Load(url, senders=8, steps=(60, 80)) as load:
             wait_for("two engines", lambda: len(engines()) == 2, START_S)
         assert not load.failures
         wait_for("no engines", lambda: not engines(), START_S)
@@ -435,51 +437,52 @@ class Service:
         return wait_for("service", told, START_S).group(1)
 
 
-def test_a_service_asked_to_stop_answers_what_runs_and_ends_well(store, tmp_path):
-    service = Service(tmp_path, "--store", store.folder)
-    try:
-        url, body = service.url(), {"steps": 1000, "n": 4, "seed": 3, "prompt": "cat"}
-        connection, data = raw_request(url, {**body, "stream": True, "partial_images": 10})
-        with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(httpx.post, f"{url}/v1/images/generations", json=body, timeout=START_S)
-            connection.sendall(data)
-            told = read_until(connection, b"partial_image")  # of two requests that are under way
-            assert not answer.done()
-            service.process.send_signal(signal.SIGTERM)
-            told += read_until(connection, b"\r\n0\r\n\r\n")
-            assert answer.result().status_code == 200, answer.result().text
-        connection.close()
-        assert told.count(b"event: image_generation.completed") == 4
-        assert service.process.wait(PATIENCE_S) == 0, service.log.read_text()
-        check([(body, answer.result().json())], store.first)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(service.process.pid, signal.SIGKILL)
-
-
-def test_while_s3_is_broken_the_version_that_is_there_answers_and_afterwards_changes_are_followed(
-    bucket, fault_proxy, tmp_path
-):
-    first, second = publish(bucket, 1), publish(bucket, 2)
-    registry.promote(PromoteConfig(model=first, by="ada", force=True, reason="trial"))
+@pytest.fixture(scope="module")
+def apart(s3_endpoint, fault_proxy, tmp_path_factory):
+    """A service in a process of its own, whose store is S3 behind a proxy, and its versions: the first one is live."""
+    bucket = f"s3://test-{uuid.uuid4().hex[:12]}"
+    s3fs.S3FileSystem().mkdir(bucket)
     fault_proxy.rules()
-    service = Service(tmp_path, "--store", bucket, AWS_ENDPOINT_URL=fault_proxy.url)
+    versions = publish(bucket, 1), publish(bucket, 2)
+    registry.promote(PromoteConfig(model=versions[0], by="ada", force=True, reason="trial"))
+    service = Service(tmp_path_factory.mktemp("apart"), "--store", bucket, AWS_ENDPOINT_URL=fault_proxy.url)
     try:
-        url = service.url()
-        with Load(url, senders=3) as load:
-            fault_proxy.rules({"match": ".*", "kind": "slowdown"}, {"match": ".*", "kind": "reset", "prob": 0.5})
-            registry.promote(PromoteConfig(model=second, by="ada", force=True, reason="trial"))
-            wait_for("faults", lambda: len(fault_proxy.done()) > 5)
-            load.more(12)
-            assert live_digest(url) == digest_of(first)
-            fault_proxy.rules()
-            wait_for("the change", lambda: live_digest(url) == digest_of(second))
-            load.more(6)
-        assert not load.failures
-        assert all(check(load.answers, first, second))
-        service.process.send_signal(signal.SIGTERM)
-        assert service.process.wait(PATIENCE_S) == 0, service.log.read_text()
+        yield service, versions
     finally:
         fault_proxy.rules()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(service.process.pid, signal.SIGKILL)
+
+
+def test_while_s3_is_broken_the_version_that_is_there_answers_and_afterwards_changes_are_followed(apart, fault_proxy):
+    service, (first, second) = apart
+    url = service.url()
+    with Load(url, senders=3) as load:
+        fault_proxy.rules({"match": ".*", "kind": "slowdown"}, {"match": ".*", "kind": "reset", "prob": 0.5})
+        registry.promote(PromoteConfig(model=second, by="ada", force=True, reason="trial"))
+        wait_for("faults", lambda: len(fault_proxy.done()) > 5)
+        load.more(12)
+        assert live_digest(url) == digest_of(first)
+        fault_proxy.rules()
+        wait_for("the change", lambda: live_digest(url) == digest_of(second))
+        load.more(6)
+    assert not load.failures
+    assert all(check(load.answers, first, second))
+
+
+def test_a_service_asked_to_stop_answers_what_runs_and_ends_well(apart):
+    service, versions = apart
+    url, body = service.url(), {"steps": 400, "n": 4, "seed": 3, "prompt": "cat"}
+    connection, data = raw_request(url, {**body, "stream": True, "partial_images": 10})
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(httpx.post, f"{url}/v1/images/generations", json=body, timeout=START_S)
+        connection.sendall(data)
+        told = read_until(connection, b"partial_image")  # of two requests that are under way
+        assert not answer.done()
+        service.process.send_signal(signal.SIGTERM)
+        told += read_until(connection, b"\r\n0\r\n\r\n")
+        assert answer.result().status_code == 200, answer.result().text
+    connection.close()
+    assert told.count(b"event: image_generation.completed") == 4
+    assert service.process.wait(PATIENCE_S) == 0, service.log.read_text()
+    check([(body, answer.result().json())], *versions)
