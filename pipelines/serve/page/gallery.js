@@ -83,7 +83,7 @@ function grid(width, count, resolution) {
     const room = Math.min(MOST, (width - GAP * (columns - 1)) / columns);
     const side = Math.floor(room / whole) * whole || Math.floor(room);
     const cost = Math.abs(Math.log(side / LIKED)) + (count % columns ? 0.3 : 0) + (side < LEAST ? 9 : 0);
-    if (cost < least) [best, least] = [[columns, side], cost];
+    if (cost <= least) [best, least] = [[columns, side], cost];
   }
   return best;
 }

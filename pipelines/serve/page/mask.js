@@ -1,4 +1,7 @@
-// A mask painted over a picture with a brush, by pointer or keys. What is painted is to be made anew.
+// A mask painted over a picture with a brush, by pointer or keys. What is painted is to be made anew, from noise, and
+// is shown as noise.
+
+import { noise } from "./noise.js";
 
 const UNDO_AT_MOST = 30;
 
@@ -20,7 +23,7 @@ export class Mask {
   fit(width, height) {
     this.canvas.width = width;
     this.canvas.height = height;
-    this.context.fillStyle = getComputedStyle(this.canvas).getPropertyValue("--paint").trim() || "#2f5cc9";
+    this.context.fillStyle = this.context.createPattern(noise("mask"), "repeat");
     this.past = [];
     this.at = null;
     this.#changed();

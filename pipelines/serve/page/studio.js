@@ -98,6 +98,7 @@ export class Studio {
   async #go(event) {
     event.preventDefault();
     if (this.run || find("studio-go").disabled) return;
+    this.dialog.dataset.run = "starting";
     const mask = this.mode === "repaint" ? await this.mask.file() : null;
     const task = MODES[this.mode].task(this.subject, this.settings, valuesOf(event.target), mask);
     find("studio-notices").replaceChildren();
@@ -112,6 +113,7 @@ export class Studio {
     this.#follow(run);
     this.#tellStrip();
     this.#fit();
+    this.dialog.scrollTop = 0;
   }
 
   #follow(run) {
@@ -136,6 +138,7 @@ export class Studio {
 
   #end(run) {
     this.run = null;
+    this.dialog.dataset.run = run.state;
     this.results = this.results.filter((each) => each && !each.coming);
     this.#choose(this.chosen.coming ? this.results[0] ?? this.subject : this.chosen);
     if (run.state === "failed" && this.dialog.open) {
