@@ -12,8 +12,9 @@ The mix: 10, 20 and 50 steps of DDIM; half guided; a quarter inpaint (the known 
 Closed loop: so many clients that ask again at once. Open loop: Poisson arrivals, at rates that are shares of what
 `batch` answers in a closed loop of 16. Goodput: answers a second within the deadline, three times a lone request of 50
 guided steps. The services are measured in turns in each condition; times are seconds. SCRATCH keeps the model.
---plot FILE draws goodput and the 95th percentile of every condition. compare also prints what batching gains on this machine, the time to the first preview, and the time from the start of
-the process to the first picture. soak: memory over many requests; a service must not grow.
+--plot FILE draws goodput and the 95th percentile of every condition. compare also prints what batching gains on this
+machine, the time to the first preview, and the time from the start of a process to its first picture. soak: memory over
+many requests; a service must not grow.
 """
 
 import argparse
