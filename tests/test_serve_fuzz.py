@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from conftest import ROOT
 from PIL import Image
 from support import mangle
 from support.models import publish
@@ -192,8 +193,9 @@ def test_a_page_of_an_allowed_origin_may_post_and_no_other(tmp_path):
 @pytest.mark.timeout(600)
 def test_answers_are_those_that_the_openapi_document_says(service):
     command = [
-        sys.executable, "-m", "schemathesis.cli", "run", f"{service.url}/openapi.json", "--max-examples", "60",
-        "--seed", "1", "--request-timeout", str(PATIENCE_S), "--suppress-health-check", "all",
+        sys.executable, "-m", "schemathesis.cli", "--config-file", str(ROOT / "tests/support/schemathesis.toml"), "run",
+        f"{service.url}/openapi.json", "--max-examples", "60", "--seed", "1", "--no-color",
+        "--request-timeout", str(PATIENCE_S), "--suppress-health-check", "all",
         "--checks", "not_a_server_error,response_schema_conformance,status_code_conformance,content_type_conformance",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)

@@ -38,6 +38,12 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         504: "not done in time",
     }.items()
 }  # fmt: skip
+# An event of a stream (OpenAPI 3.2 names the schema of one so)
+_EVENT = {
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string", "contentMediaType": "application/json"}},
+    "required": ["event", "data"],
+}
 # Pictures of the largest size that an answer may hold, previews among them: they are in memory at once.
 _WHOLE_PICTURES = 4
 
@@ -110,7 +116,7 @@ def _add_state(api: fastapi.FastAPI, service: Service) -> None:
 def _add_images(api: fastapi.FastAPI, service: Service) -> None:
     """What makes pictures."""
     answers: dict[int | str, dict[str, Any]] = {
-        200: {"model": ImagesAnswer, "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+        200: {"model": ImagesAnswer, "content": {"text/event-stream": {"itemSchema": _EVENT}}}
     }
 
     @api.post("/v1/images/generations", responses=answers)

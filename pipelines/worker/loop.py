@@ -59,6 +59,11 @@ class Refusal(NamedTuple):
 Event = Preview | End | Refusal
 
 
+def late(timeout: float) -> str:
+    """What is told of an order that was not done within its seconds."""
+    return f"timeout: not done after {timeout:g} s; ask for fewer pictures or steps, or later"
+
+
 class Tick(NamedTuple):
     """What one tick did: its seconds, denoiser calls made, pictures ended, calls still to make, pictures that wait."""
 
@@ -229,8 +234,7 @@ class TickLoop:
         now = time.monotonic()
         for seat in [*self._seats.values(), *self._queue.items()]:
             if seat.until <= now and not seat.left:
-                told = f"timeout: not done after {seat.order.timeout:g} s; ask for fewer pictures or steps, or later"
-                seat.events.put_nowait(Refusal("timeout", told, self._wait()))
+                seat.events.put_nowait(Refusal("timeout", late(seat.order.timeout), self._wait()))
                 self._left.append(seat)
         self._clear_left()
 
