@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from pipelines.config import InterruptedRunError, PipelineError, TrainCommand, parse
-from pipelines.jobs import STAGES, print_stage, run_stage, settle, visit
+from pipelines.config import GenerateCommand, InterruptedRunError, PipelineError, TrainCommand, parse
+from pipelines.jobs import STAGES, print_stage, rehearse, run_stage, settle, visit
 
 # What shells give a command that SIGINT ended.
 _INTERRUPTED = 130
@@ -35,7 +35,9 @@ def _run(name: str, flags: list[str]) -> None:
     config = parse(STAGES[name].flags, f"python -m pipelines {name}", flags)
     if isinstance(config, TrainCommand):
         config = settle(config)
-    if STAGES[name].makes_result:
+    if isinstance(config, GenerateCommand) and config.dry_run:
+        rehearse(config)
+    elif STAGES[name].makes_result:
         print(f"{name}: {run_stage(name, config).uri}", flush=True)
     else:
         print_stage(name, config)

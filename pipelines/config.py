@@ -29,12 +29,14 @@ from diffusion_core.config import (
     BetaName,
     Decay,
     GridName,
+    InpaintingName,
     Precision,
     Prediction,
     SamplerConfig,
     SamplerName,
     ScheduleName,
     Strategy,
+    Task,
     Weighting,
 )
 
@@ -359,16 +361,38 @@ class SampleOptions(Settings):
 
 
 class GenerateOptions(SampleOptions):
-    """What pictures to generate in bulk."""
+    """What pictures to make in bulk: `count` of the classes in turn, or the rows of a table."""
 
-    count: int = Field(256, ge=1, description="number of pictures, spread evenly over the classes")
-    classes: str = Field("all", description="comma-separated class names, or all")
-    seed: int = Field(1, ge=0, description="picture i has a seed derived from this one and i")
-    shard_size: int = Field(64, ge=1, description="pictures in a Parquet shard")
+    count: int = Field(256, ge=1, description="number of pictures without --table, spread evenly over the classes")
+    classes: str = Field("all", description="comma-separated class names without --table, or all")
+    seed: int = Field(1, ge=0, lt=2**62, description="a row without a seed has one derived from this and its number")
+    task: Task = Field("generate", description="what is done for rows that name no task")
+    prompt: str = Field("", description="class of a table's rows that name none; empty for any")
+    negative_prompt: str = Field("", description="class to lead away from, for rows that name none; needs guidance")
+    inpainting: InpaintingName = Field("posterior", description="how to inpaint: posterior, or the faster replacement")
+    solves: int = Field(2, ge=1, le=50, description="iterations of posterior guidance a step")
+    resample: int = Field(1, ge=1, le=100, description="how often inpainting walks every five rows (RePaint)")
+    noise_level: float | None = Field(
+        None, gt=0, description="sigma of the noise to take away with task denoise; default: estimated"
+    )
+    strength: float | None = Field(None, ge=0, le=1, description="how far image_to_image and vary go, 0 to 1")
+    carry: list[str] = Field([], description="column of the table that goes along to the output; give the flag again")
+    format: Literal["parquet", "webdataset", "png"] = Field(
+        "parquet", description="Parquet shards, WebDataset tars, or for small sets a folder of PNGs"
+    )
+    shard_size: int = Field(64, ge=1, description="rows in a shard")
+    skip_bad: Annotated[bool, How()] = Field(
+        False, description="leave out rows of the table that are wrong, and record why, in place of refusing the table"
+    )
+    max_rejected: Annotated[str, How()] = Field(
+        "10%", pattern=r"^\d+(\.\d+)?%?$",
+        description="stop where more rows turn out to be impossible (a missing picture): a count, or a share as 1%",
+    )  # fmt: skip
     via: Annotated[Literal["serve", "actors"], How()] = Field(
         "actors", description="send rows to the running service, or to workers of the stage's own"
     )
     workers: Annotated[int, How()] = Field(0, ge=0, description="actors; 0 takes one per GPU, else one per two cores")
+    price: Annotated[float | None, How()] = Field(None, ge=0, description="price of a device's hour, to tell the cost")
 
 
 class EngineOptions(Settings):
@@ -387,10 +411,31 @@ class EngineOptions(Settings):
 
 
 class GenerateConfig(GenerateOptions, EngineOptions, Place):
-    """Generate pictures in bulk into image shards with a manifest."""
+    """Generate, inpaint, denoise or vary pictures in bulk into image shards with a manifest."""
 
     model: Annotated[Uri, How()] = Field(description="URI of the published model (its folder)")
+    table: Annotated[Uri | None, How()] = Field(
+        None, description="a request a row: .parquet, .csv, .tsv or .jsonl, on disk or s3://"
+    )
     app: Annotated[str, How()] = Field("images", description="Ray Serve application to send rows to, with --via serve")
+
+    @model_validator(mode="after")
+    def _one_origin_of_rows(self) -> Self:
+        fields = type(self).model_fields
+        for name in ("count", "classes") if self.table else ():
+            if getattr(self, name) != fields[name].default:
+                raise ValueError(f"--{name} is for rows without a table; --table has its own")
+        if self.carry and not self.table:
+            raise ValueError("--carry names columns of a --table, and there is none")
+        return self
+
+
+class GenerateCommand(GenerateConfig):
+    """Generate, inpaint, denoise or vary pictures in bulk into image shards with a manifest."""
+
+    dry_run: Annotated[bool, How()] = Field(
+        False, description="check all rows, measure, and tell rows, shards, time and cost; makes nothing"
+    )
 
 
 class EvaluateOptions(SampleOptions):
@@ -656,6 +701,14 @@ class TraceConfig(Settings):
     image: Uri | None = Field(None, description="with --remake: the picture file that was edited")
     mask: Uri | None = Field(None, description="with --remake: the mask file of that edit")
     sources: int = Field(20, ge=0, description="source objects to list; 0 lists all")
+
+
+class VerifyConfig(Settings):
+    """Read a set of generated pictures whole again, and count: every row once, every byte as promised."""
+
+    uri: Annotated[Uri, First()] = Field(
+        description="URI of the image set that generate printed; may be given without the flag"
+    )
 
 
 class ForgetConfig(Store):

@@ -53,7 +53,7 @@ STAGES: dict[str, Stage] = {
     "train": Stage(settings.TrainConfig, "pipelines.train", command=settings.TrainCommand),
     "import": Stage(settings.ImportConfig, "pipelines.exchange", needs_ray=False),
     "export": Stage(settings.ExportConfig, "pipelines.exchange", needs_ray=False),
-    "generate": Stage(settings.GenerateConfig, "pipelines.bulk"),
+    "generate": Stage(settings.GenerateConfig, "pipelines.bulk", command=settings.GenerateCommand),
     "evaluate": Stage(settings.EvaluateConfig, "pipelines.evaluate"),
     "serve": Stage(settings.ServeConfig, "pipelines.serve"),
     "key": _printing(settings.KeyConfig, "pipelines.serve.keys", "make_key"),
@@ -62,6 +62,7 @@ STAGES: dict[str, Stage] = {
     "rollback": _printing(settings.RollbackConfig, "pipelines.registry", "roll_back"),
     "retire": _printing(settings.RetireConfig, "pipelines.registry", "retire"),
     "trace": _printing(settings.TraceConfig, "pipelines.lineage.trace"),
+    "verify": _printing(settings.VerifyConfig, "pipelines.lineage.verify"),
     "forget": _printing(settings.ForgetConfig, "pipelines.lineage.forget"),
     "cleanup": _printing(settings.CleanupConfig, "pipelines.lineage.cleanup"),
 }
@@ -102,6 +103,11 @@ def find_result(name: str, config: Settings) -> Outcome | None:
 def print_stage(name: str, config: Settings) -> None:
     """Run a stage that makes no result. Raises PipelineError where it fails."""
     getattr(importlib.import_module(STAGES[name].module), STAGES[name].call)(config)
+
+
+def rehearse(command: settings.GenerateCommand) -> None:
+    """Tell what bulk work would be and cost, making nothing. Raises PipelineError where it cannot be done."""
+    importlib.import_module("pipelines.bulk").rehearse(command)
 
 
 def settle(command: settings.TrainCommand) -> settings.TrainConfig:

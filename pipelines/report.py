@@ -78,7 +78,7 @@ def collect(
         "rows": {split: sum(shard["rows"] for shard in shards) for split, shards in dataset["shards"].items()},
         "training": {"settings": model["lineage"]["settings"], "curves": json.loads(
             read_file(uris["train"], model, "curve.json"))},
-        "figures": evaluation["figures"], "bulk": {"rows": images["rows"], "shards": len(images["parts"])},
+        "figures": evaluation["figures"], "bulk": {"rows": images["counts"]["made"], "shards": len(images["parts"])},
     }  # fmt: skip
 
 
@@ -123,6 +123,15 @@ def inline(svg: bytes) -> markupsafe.Markup:
 def data_uri(png: bytes) -> str:
     """A picture as an address that holds it."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def bytes_told(size: float) -> str:
+    """Bytes in the unit that reads best."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
 
 
 def _smooth(values: np.ndarray[Any, np.dtype[np.float64]], keep: float = 0.8) -> list[float]:

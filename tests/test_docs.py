@@ -156,11 +156,8 @@ def test_the_tree_in_the_readme_is_the_repository():
     shown = {name for name in shown if re.fullmatch(r"[\w./-]+", name)}
     for name in shown:
         assert (ROOT / name).exists(), f"{name} is in the README but not in the repository"
-    for package in (
-        "diffusion_core",
-        "pipelines",
-        *(f"pipelines/{name}" for name in ("ingest", "lineage", "serve", "train", "worker")),
-    ):
+    stages = ("bulk", "ingest", "lineage", "serve", "train", "worker")
+    for package in ("diffusion_core", "pipelines", *(f"pipelines/{name}" for name in stages)):
         files = {f"{package}/{path.name}" for path in (ROOT / package).iterdir() if path.suffix in (".py", ".j2")}
         assert files - shown == {f"{package}/__init__.py"}
     assert {f"pipelines/serve/page/{path.name}" for path in (ROOT / "pipelines/serve/page").iterdir()} <= shown

@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from support.damage import encoded, noise, tar_bytes
 
+from pipelines.cells import printable
 from pipelines.config import IngestConfig, PipelineError
 from pipelines.ingest import items as readers
 from pipelines.ingest.items import Shard, items
-from pipelines.ingest.sources import list_sources, printable, units
+from pipelines.ingest.sources import list_sources, units
 from pipelines.ingest.units import read_unit
 from pipelines.storage import StorageError
 

@@ -1,11 +1,9 @@
 """How good generated pictures are: distances to the training pictures, classes, copies, and what steps buy."""
 
-import io
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines import storage
@@ -16,6 +14,7 @@ from pipelines.features import distances
 from pipelines.features.distances import Features, Figure
 from pipelines.features.extractors import Extractor, Judge
 from pipelines.features.learned import Classifier, predict
+from pipelines.image_sets import rows_of
 from pipelines.images import Pixels, from_png
 
 # Of the dataset, to measure distances to.
@@ -124,12 +123,14 @@ def cheapest(curve: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def judge_bulk(uri: str, classes: Sequence[str], classifier: Classifier) -> Figure:
-    """How many pictures of a bulk job are recognised as the class that was asked for."""
-    hits = []
-    for part in storage.read_manifest(uri, "images")["parts"]:
-        table = pq.read_table(io.BytesIO(storage.read_part(uri, part)), columns=["image", "prompt"])
-        pixels = np.stack([from_png(image["bytes"]) for image in table["image"].to_pylist()])
-        hits.append(predict(classifier, pixels) == [classes.index(name) for name in table["prompt"].to_pylist()])
+    """How many pictures of a bulk job are recognised as the class that was asked for, of those that ask for one."""
+    manifest = storage.read_manifest(uri, "images")
+    hits = [np.empty(0, dtype=np.bool_)]
+    for part in manifest["parts"]:
+        rows = [row for row in rows_of(uri, manifest, part) if row["prompt"] in classes]
+        if rows:
+            pixels = np.stack([from_png(row["image"]["bytes"]) for row in rows])
+            hits.append(predict(classifier, pixels) == [classes.index(row["prompt"]) for row in rows])
     return distances.share(np.concatenate(hits))
 
 

@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import storage
+from pipelines.cells import printable, resolve, word
 from pipelines.config import IngestConfig
 from pipelines.images import OTHER_SUFFIXES, SUFFIXES, Limits
-from pipelines.ingest.sources import TARS, Entry, Unit, check_field, printable, resolve, word
+from pipelines.ingest.sources import TARS, Entry, Unit, check_field
 from pipelines.storage import ObjectInfo, StorageError
 
 _READ_AT_A_TIME = 16

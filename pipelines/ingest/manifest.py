@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from pipelines import __version__, storage
+from pipelines.cells import printable
 from pipelines.config import IngestConfig, PipelineError, what
 from pipelines.ingest import page
 from pipelines.ingest.plan import SPLITS, Lines, Plan
 from pipelines.ingest.shards import row_group_size
-from pipelines.ingest.sources import printable
 from pipelines.ingest.work import VERSION, Work, sources_table
 
 Record = dict[str, Any]

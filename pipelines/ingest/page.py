@@ -14,7 +14,7 @@ from pipelines.images import from_png, stored, to_png
 from pipelines.ingest.plan import shown_of
 from pipelines.ingest.shards import pictures
 from pipelines.ingest.units import to_parquet
-from pipelines.report import data_uri, grid, render
+from pipelines.report import bytes_told, data_uri, grid, render
 
 _THUMBNAIL = 64
 _COLUMNS = 12
@@ -84,7 +84,7 @@ def _small(data: bytes, manifest: dict[str, Any]) -> bytes:
 
 
 def _page(manifest: dict[str, Any], uri: str, sheets: dict[str, bytes]) -> str:
-    filters = {"size": _size, "count": lambda number: f"{number:,}"}
+    filters = {"size": bytes_told, "count": lambda number: f"{number:,}"}
     rows = {split: sum(shard["rows"] for shard in shards) for split, shards in manifest["shards"].items()}
     data = {name: data_uri(png) for name, png in sheets.items()}
     stored_bytes = sum(shard["bytes"] for shards in manifest["shards"].values() for shard in shards)
@@ -93,12 +93,3 @@ def _page(manifest: dict[str, Any], uri: str, sheets: dict[str, bytes]) -> str:
         sheets=data, explained=_REASONS, stored_bytes=stored_bytes,
         digest=uri.rsplit("/", 1)[1], largest=max(manifest["classes"].values(), default=1),
     )  # fmt: skip
-
-
-def _size(size: float) -> str:
-    """Bytes in the unit that reads best."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"

@@ -14,11 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import storage
+from pipelines.cells import printable
 from pipelines.config import IngestConfig, PipelineError
 from pipelines.images import ImageError, Limits, Pixels, decode, encode, fit
 from pipelines.ingest.hashing import perceptual_hash
 from pipelines.ingest.items import Item, Shard, items
-from pipelines.ingest.sources import Unit, printable
+from pipelines.ingest.sources import Unit
 
 # What is known of a staged picture. Its stored bytes lie in a blob, at `offset`; `crc` is their CRC-32.
 KEYS = pa.schema(

@@ -70,6 +70,8 @@ class _Steps:
         model = self.contents.models_of(manifest["model"]["digest"])[0]
         self.model(model)
         again = {"model": model, "store": self.contents.store, "name": manifest["name"]}
+        if manifest.get("table"):
+            again["table"] = manifest["table"]["uri"]
         self._put("IMAGES", uri, command("generate", GenerateConfig, manifest["settings"], self.names, **again))
 
     def _put(self, kind: str, uri: str, words: str) -> None:

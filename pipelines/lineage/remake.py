@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipelines import storage
 from pipelines.config import PipelineError
 from pipelines.images import from_png, to_png
 from pipelines.model import load_model
@@ -18,19 +19,24 @@ _AT_A_TIME = 64
 
 @dataclass(frozen=True)
 class Record:
-    """A picture that was made: its name, its PNG, what was asked for, and the profile of its device where known."""
+    """A picture that was made: its name, its PNG, what was asked for, and the profile of its device where known.
+
+    `files` are the URIs of the picture and the mask that were edited, where they are known.
+    """
 
     name: str
     data: bytes
     texts: dict[str, str]
     numerics: Numerics | None
+    files: dict[str, str | None]
 
 
 def remake(model: str, records: Sequence[Record], files: dict[str, bytes | None]) -> None:
     """Make pictures again with the model at a URI, on as many lanes and threads as before; say how they compare.
 
-    `files` are the `image` and the `mask` of an edit. Raises RequestError where those are others, PipelineError where
-    the model is another one, or pictures differ although they were made on such a device.
+    `files` are the `image` and the `mask` of an edit, where others than the records name. Raises RequestError where
+    those are not what was edited, PipelineError where the model is another one, or pictures differ although they were
+    made on such a device.
     """
     told = records[0].numerics
     loaded = load_model(model)
@@ -61,8 +67,14 @@ def _made(worker: Worker, records: Sequence[Record], files: dict[str, bytes | No
     """Every record with its picture as it is made now."""
     for start in range(0, len(records), _AT_A_TIME):
         some = records[start : start + _AT_A_TIME]
-        pictures = worker.paint([request_of(record.texts, **files) for record in some])
+        pictures = worker.paint([request_of(record.texts, **_files(record, files)) for record in some])
         yield from ((record, to_png(made, record.texts)) for record, made in zip(some, pictures, strict=True))
+
+
+def _files(record: Record, given: dict[str, bytes | None]) -> dict[str, bytes | None]:
+    """The files of an edit: as given, or as the record names them. Raises StorageError where they are gone."""
+    read = {name: storage.read_bytes(uri) for name, uri in record.files.items() if uri and given.get(name) is None}
+    return {**given, **read}
 
 
 def _difference(old: bytes, new: bytes) -> str:

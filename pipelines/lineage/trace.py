@@ -1,12 +1,9 @@
 """The trace command: from a picture back to its source objects, or from a source onwards to what it went into."""
 
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-
-import pyarrow.parquet as pq
 
 from pipelines import storage
 from pipelines.config import (
@@ -19,14 +16,13 @@ from pipelines.config import (
     TrainConfig,
 )
 from pipelines.dataset import Dataset, open_dataset
+from pipelines.image_sets import FILES, rejected_of, rows_of
 from pipelines.images import ImageError, png_texts
 from pipelines.lineage.contents import Contents, command, read_contents, run_of, store_of
 from pipelines.lineage.remake import Record, remake
 from pipelines.lineage.spread import spread_of
 from pipelines.progress import print_line
 from pipelines.requests import ImageRequest, metadata
-
-_COLUMNS = ("task", "prompt", "seed", *SampleOptions.model_fields)
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ def _png(uri: str) -> Traced | None:
         return None
     if not {"model", "seed", "settings"} <= set(texts):
         return None
-    record = Record(uri, data, texts, None)
+    record = Record(uri, data, texts, None, {})
     return Traced([f"picture   {uri}", *_told(record)], texts["model"], records=(record,))
 
 
@@ -104,28 +100,45 @@ def _images(config: TraceConfig, manifest: dict[str, Any]) -> Traced:
     if config.row is not None and config.row >= manifest["rows"]:
         raise PipelineError(f"{config.uri}: no row {config.row}; there are 0 to {manifest['rows'] - 1}")
     records = tuple(_records(config, manifest)) if config.row is not None or config.remake else ()
-    lines = [f"images    {config.uri}: {manifest['rows']} pictures, code {manifest['code']}"]
+    if config.row is not None and not records:
+        raise PipelineError(f"{config.uri}: row {config.row} was rejected: {_why_rejected(config, manifest)}")
+    made = manifest.get("counts", {}).get("made", manifest["rows"])
+    lines = [f"images    {config.uri}: {made} pictures, code {manifest['code']}"]
     if config.row is not None:
         lines = [f"picture   row {config.row} of {config.uri}", *_told(records[0])]
     again = {"model": manifest["model"]["uri"], "store": store_of(config.uri), "name": manifest["name"]}
+    if manifest.get("table"):
+        again["table"] = manifest["table"]["uri"]
+        lines.append(f"  table   {manifest['table']['uri']}, SHA-256 {manifest['table']['digest']}")
     lines.append(f"  again   {command('generate', GenerateConfig, manifest['settings'], **again)}")
     if config.row is not None:
         lines.append(f"          python -m pipelines trace {config.uri} --row {config.row} --remake")
     return Traced(lines, manifest["model"]["digest"], manifest["model"]["uri"], records=records)
 
 
+def _why_rejected(config: TraceConfig, manifest: dict[str, Any]) -> str:
+    """Why a row has no picture."""
+    part = manifest["parts"][(config.row or 0) // manifest["settings"]["shard_size"]]
+    return next((row["error"] for row in rejected_of(config.uri, part) if row["row"] == config.row), "unknown")
+
+
 def _records(config: TraceConfig, manifest: dict[str, Any]) -> Iterator[Record]:
     """The rows that are asked for, with what their manifest says of the device that made them."""
-    first = 0
-    for part in manifest["parts"]:
-        if config.row is None or first <= config.row < first + part["rows"]:
-            table = pq.read_table(io.BytesIO(storage.read_part(config.uri, part)))
-            for row in table.to_pylist():
-                if config.row in (None, row["row"]):
-                    request = ImageRequest(**{name: row[name] for name in _COLUMNS})
-                    texts = metadata(request, row["model"])
-                    yield Record(f"row {row['row']}", row["image"]["bytes"], texts, part["numerics"])
-        first += part["rows"]
+    size = manifest["settings"]["shard_size"]
+    parts = manifest["parts"] if config.row is None else [manifest["parts"][config.row // size]]
+    for part in parts:
+        for row in rows_of(config.uri, manifest, part):
+            if config.row in (None, row["row"]):
+                files = {name: row.get(f"{name}_uri") for name in FILES}
+                yield Record(f"row {row['row']}", row["image"]["bytes"], _texts(row), part["numerics"], files)
+
+
+def _texts(row: dict[str, Any]) -> dict[str, str]:
+    """What the row's PNG says; sets of schema 1 have no column of it."""
+    if "settings" in row:
+        return {"model": row["model"], "seed": str(row["seed"]), "settings": row["settings"]}
+    columns = ("task", "prompt", "seed", *SampleOptions.model_fields)
+    return metadata(ImageRequest(**{name: row[name] for name in columns}), row["model"])
 
 
 def _told(record: Record) -> list[str]:

@@ -1,0 +1,121 @@
+"""Shards made and committed by workers: a pool on the whole cluster, or one in this process."""
+
+import contextlib
+import json
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from pipelines.bulk.engine import Shared
+from pipelines.bulk.inputs import read_requests
+from pipelines.bulk.job import Job
+from pipelines.bulk.numerics import pin, pinned
+from pipelines.bulk.shards import Record, commit_shard, record_of
+from pipelines.config import PipelineError, ray_address
+from pipelines.model import load_model
+from pipelines.worker import Worker, load_worker, pool_size
+
+# Shards that a worker has at once: rows of the second fill the batch while the last of the first are made.
+_AT_ONCE = 2
+# Tasks of Ray at most, each some neighbouring shards: what the driver holds does not grow with the table.
+_TASKS = 1000
+Made = tuple[int, Record]
+
+
+class ShardPainter:
+    """A worker of the stage's own: makes and commits whole shards on its device, several at once by threads."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.refusal = job, ""
+        worker = _worker(job)
+        self.numerics, self.shared = worker.profile, Shared(worker)
+        try:
+            pin(job.uri, self.numerics)
+        except PipelineError as error:  # told with each shard: Ray would start an actor again that fails here
+            self.refusal = str(error)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Row with the number of a `shard` -> that number and its record, or the `fault` that kept it from being."""
+        shard = int(row["shard"])
+        try:
+            if self.refusal:
+                raise PipelineError(self.refusal)
+            return {"shard": shard, "record": json.dumps(self._shard(shard)), "fault": ""}
+        except PipelineError as error:
+            return {"shard": shard, "record": "", "fault": str(error)}
+
+    def _shard(self, shard: int) -> Record:
+        """A shard's record: another run's of the same job where there is one by now."""
+        found = record_of(self.job.uri, shard)
+        if found is not None:
+            return found
+        orders = self.job.orders(shard)
+        requests = read_requests(orders)
+        painted = self.shared.paint(requests)
+        spent = {"calls": painted.calls, "seconds": self.shared.take_seconds()}
+        return commit_shard(self.job, shard, orders, requests, painted.ends, self.numerics, spent)
+
+
+def _worker(job: Job) -> Worker:
+    """The model on a device; where the lanes are to be measured, as many as the job's first worker found best."""
+    lanes = job.config.lanes or int((pinned(job.uri) or {}).get("lanes", 0))
+    worker = load_worker(job.config.model, lanes=lanes)
+    if lanes == 0:
+        with contextlib.suppress(PipelineError):
+            pin(job.uri, worker.profile)
+        first = int((pinned(job.uri) or {}).get("lanes", 0))
+        return worker if first == worker.profile["lanes"] else load_worker(job.config.model, lanes=first)
+    return worker
+
+
+def through_actors(job: Job, missing: Sequence[int]) -> Iterator[Made]:
+    """Shards made by workers, one per device, as they come. Raises PipelineError on a fault.
+
+    They are a Ray Data pool; one in this process where one is all that there would be.
+    """
+    if not missing:
+        return
+    load_model(job.config.model)  # a damaged model is an error here, in one line, and not of an actor that starts again
+    size = pool_size(job.config.workers, len(missing))
+    for row in (_here if size == 1 and ray_address() is None else _by_pool)(job, missing, size):
+        if row["fault"]:
+            raise PipelineError(row["fault"])
+        yield int(row["shard"]), json.loads(row["record"])
+
+
+def _by_pool(job: Job, missing: Sequence[int], size: int) -> Iterator[dict[str, Any]]:
+    """What a Ray Data pool of painters says of each shard."""
+    import ray
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    pool = ray.data.ActorPoolStrategy(
+        size=size,
+        max_tasks_in_flight_per_actor=_AT_ONCE,
+        max_concurrent_calls_per_actor=_AT_ONCE,
+        enable_true_multi_threading=True,
+    )
+    rows = ray.data.from_items([{"shard": shard} for shard in missing], override_num_blocks=min(len(missing), _TASKS))
+    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    painted = rows.map(ShardPainter, fn_constructor_args=(job,), compute=pool, num_cpus=1, num_gpus=gpus)
+    yield from painted.iter_rows()
+
+
+def _here(job: Job, missing: Sequence[int], _: int) -> Iterator[dict[str, Any]]:
+    """What a painter in this process says of each shard."""
+    threads, painter = torch.get_num_threads(), ShardPainter(job)
+    pool, flying = ThreadPoolExecutor(_AT_ONCE), deque[Future[dict[str, Any]]]()
+    try:
+        for shard in missing:
+            flying.append(pool.submit(painter, {"shard": shard}))
+            if len(flying) > _AT_ONCE:
+                yield flying.popleft().result()
+        while flying:
+            yield flying.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        painter.shared.close()
+        torch.set_num_threads(threads)
