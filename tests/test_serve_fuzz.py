@@ -191,12 +191,12 @@ def test_a_page_of_an_allowed_origin_may_post_and_no_other(tmp_path):
 
 @pytest.mark.chaos
 @pytest.mark.timeout(600)
-def test_answers_are_those_that_the_openapi_document_says(service):
+def test_answers_are_those_that_the_openapi_document_says(service, tmp_path):
     command = [
         sys.executable, "-m", "schemathesis.cli", "--config-file", str(ROOT / "tests/support/schemathesis.toml"), "run",
         f"{service.url}/openapi.json", "--max-examples", "60", "--seed", "1", "--no-color",
         "--request-timeout", str(PATIENCE_S), "--suppress-health-check", "all",
         "--checks", "not_a_server_error,response_schema_conformance,status_code_conformance,content_type_conformance",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
