@@ -22,6 +22,7 @@ export class Studio {
   open(subject, mode = "look") {
     this.run?.cancel();
     this.run = null;
+    this.dialog.dataset.run = "";
     this.subject = this.chosen = subject;
     this.results = [];
     find("studio-notices").replaceChildren();
