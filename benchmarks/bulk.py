@@ -25,13 +25,13 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 import torch
 
 from pipelines import jobs, storage
-from pipelines.bulk.job import Job, classes_in_turn
+from pipelines.bulk.job import Job
 from pipelines.bulk.painting import through_actors
 from pipelines.bulk.plan import job_uri, plan_job
 from pipelines.bulk.shards import committed, record_uri
 from pipelines.config import GenerateConfig
 from pipelines.model import load_config
-from pipelines.requests import ImageRequest, core_request
+from pipelines.requests import ImageRequest, open_request
 from pipelines.worker import load_worker
 
 SHARD, SHARDS = 64, 8
@@ -53,7 +53,7 @@ def job_of(store: str, model: str, **settings: object) -> Job:
     """A job of some shards that the flags describe."""
     chosen = {"count": SHARD * SHARDS, "shard_size": SHARD, "name": "bench", "workers": 1, **settings}
     config = GenerateConfig(store=store, model=model, **chosen)
-    return Job(config, job_uri(config), storage.normalise(model), classes_in_turn(config))
+    return plan_job(config, job_uri(config))
 
 
 def rate(model: str) -> None:
@@ -77,7 +77,8 @@ def bare(model: str, count: int) -> float:
     worker = load_worker(model)
     names = load_config(model).class_names or ("",)
     requests = [
-        core_request(ImageRequest(prompt=names[at % len(names)], seed=at), worker.model.config) for at in range(count)
+        open_request(ImageRequest(prompt=names[at % len(names)], seed=at), worker.model.config).core
+        for at in range(count)
     ]
     for request in requests:
         worker.engine.submit(request, "bulk")
