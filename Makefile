@@ -13,7 +13,7 @@ serve: .venv/installed
 	.venv/bin/python -m pipelines serve --store runs/demo --name cartoons $(FLAGS)
 
 test: .venv/installed .venv-s3/installed
-	.venv/bin/python -m pytest $(FLAGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile $(FLAGS)
 
 # Trials that kill processes and break the way to the store; a few minutes.
 chaos: .venv/installed .venv-s3/installed

@@ -2,6 +2,7 @@
 
 usage: python benchmarks/service.py overhead MODEL [--rounds 5] [--clients 16] [--pictures 96]
        python benchmarks/service.py models MODEL [--rounds 3] [--pictures 48]
+       python benchmarks/service.py admission MODEL [--rounds 20]
        python benchmarks/service.py swap STORE NAME [--rounds 3]
 
 MODEL is the URI of a published model.
@@ -9,6 +10,7 @@ overhead: pictures a second through HTTP, ingress and engine against the bare en
 requests of 10, 20 and 50 steps. Both compute with one thread, so that HTTP has the other core, as it has beside a GPU.
 models: two models asked at random, by two engine processes: one model each, or both in both (what multiplexing does);
 in turns, by the time until all is answered and the 95th percentile of the answers.
+admission: how long a request that comes while others run waits for its first tick, in ticks.
 swap: seconds from a promotion to the first answer by the new version, and the slowest answer meanwhile over the median.
 STORE must have two versions of NAME; it is promoted in, so take a copy.
 """
@@ -170,6 +172,41 @@ async def _answered(wanted: list[tuple[int, int, int]]) -> list[float]:
         return seconds
 
 
+def admission(asked: argparse.Namespace) -> None:
+    """Time from a request's coming to its first tick: what passes until its first preview, without that tick itself."""
+    waits = asyncio.run(_admissions(asked.where[0], asked.rounds))
+    print(f"admission: median {statistics.median(waits):.2f} ticks, at most {max(waits):.2f} (goal 1)")
+
+
+async def _admissions(model: str, rounds: int) -> list[float]:
+    """Waits in ticks, each beside eight requests under way."""
+    ticks: list[float] = []
+    with ThreadPoolExecutor(1) as executor:
+        loop = TickLoop(_worker(model).engine, executor, told=lambda tick: ticks.append(tick.seconds))
+        running = asyncio.create_task(loop.run())
+
+        async def first_preview(seed: int, steps: int) -> float:
+            began = time.perf_counter()
+            order = Order((Request(seed, sampler=SamplerConfig(steps=steps)),), previews=steps)
+            async with contextlib.aclosing(loop.make(order)) as events:
+                async for _ in events:
+                    return time.perf_counter() - began - ticks[-1]
+            return float("nan")
+
+        async def whole(seed: int) -> None:
+            async for _ in loop.make(Order((Request(seed, sampler=SamplerConfig(steps=1000)),))):
+                pass
+
+        others = [asyncio.create_task(whole(seed)) for seed in range(8)]
+        choices, waits = random.Random(0), []
+        for number in range(rounds + 2):
+            await asyncio.sleep(choices.uniform(0.3, 0.6))
+            waits.append(await first_preview(100 + number, 50) / statistics.median(ticks[-5:]))
+        for task in [*others, running]:
+            task.cancel()
+    return waits[2:]
+
+
 def swap(asked: argparse.Namespace) -> None:
     """What a promotion costs those who ask."""
     store, name = asked.where
@@ -209,7 +246,9 @@ def _swapped(url: str, uri: str) -> tuple[float, float]:
     return first - began, max(taken) / statistics.median(taken)
 
 
-QUESTIONS: dict[str, Callable[[argparse.Namespace], None]] = {"overhead": overhead, "models": models, "swap": swap}
+QUESTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "overhead": overhead, "models": models, "admission": admission, "swap": swap,
+}  # fmt: skip
 
 if __name__ == "__main__":
     main()

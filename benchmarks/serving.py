@@ -12,8 +12,9 @@ The mix: 10, 20 and 50 steps of DDIM; half guided; a quarter inpaint (the known 
 Closed loop: so many clients that ask again at once. Open loop: Poisson arrivals, at rates that are shares of what
 `batch` answers in a closed loop of 16. Goodput: answers a second within the deadline, three times a lone request of 50
 guided steps. The services are measured in turns in each condition; times are seconds. SCRATCH keeps the model.
-compare also prints what batching gains on this machine, the time to the first preview, and the time from the start of
-the process to the first picture. soak: memory over many requests; a service must not grow.
+--plot FILE draws goodput and the 95th percentile of every condition. compare also prints what batching gains on this
+machine, the time to the first preview, and the time from the start of a process to its first picture. soak: memory over
+many requests; a service must not grow.
 """
 
 import argparse
@@ -31,7 +32,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=2000)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 0.8, 1.0, 1.2])
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--plot", default="")
     parser.add_argument("--batch", type=float, nargs=2, default=BATCH)
     asked = parser.parse_args()
     {**QUESTIONS, **SERVICES}[asked.question](asked)
@@ -145,15 +147,27 @@ async def opened(url: str, rate: float, seconds: float) -> list[float]:
         return list(await asyncio.gather(*tasks))
 
 
-def line(name: str, taken: list[float], spent: float, deadline: float) -> str:
-    """A row of figures."""
+class Figures(NamedTuple):
+    """What a service did in a condition."""
+
+    rate: float
+    goodput: float
+    p50: float
+    p95: float
+    p99: float
+    failed: int
+
+    @property
+    def row(self) -> str:
+        """As cells of a table."""
+        return "| " + " | ".join(f"{value:.2f}" for value in self[:-1]) + f" | {self.failed} |"
+
+
+def figured(taken: list[float], spent: float, deadline: float) -> Figures:
+    """Figures of answers' seconds, NaN where one failed."""
     fine = np.array([each for each in taken if each == each])
     p50, p95, p99 = np.percentile(fine, [50, 95, 99]) if len(fine) else (np.nan,) * 3
-    good = (fine <= deadline).sum() / spent
-    return (
-        f"| {name} | {len(taken) / spent:.2f} | {good:.2f} | {p50:.2f} | {p95:.2f} | {p99:.2f} | "
-        f"{len(taken) - len(fine)} |"
-    )
+    return Figures(len(taken) / spent, (fine <= deadline).sum() / spent, p50, p95, p99, len(taken) - len(fine))
 
 
 def compare(asked: argparse.Namespace) -> None:
@@ -167,20 +181,42 @@ def compare(asked: argparse.Namespace) -> None:
         print(
             "| condition, service | answers/s | goodput/s | p50 | p95 | p99 | failed |\n|---|---|---|---|---|---|---|"
         )
-        saturated = 1.0
+        figures: dict[str, dict[str, Figures]] = {}
+
+        def measured(condition: str, ask: Callable[[str], Any]) -> None:
+            figures[condition] = {}
+            for name, url in urls.items():
+                began = time.perf_counter()
+                taken = asyncio.run(ask(url))
+                figures[condition][name] = figured(taken, time.perf_counter() - began, deadline)
+                print(f"| {condition}, {name} {figures[condition][name].row}", flush=True)
+
         for clients in asked.clients:
-            for name, url in urls.items():
-                began = time.perf_counter()
-                taken = asyncio.run(closed(url, clients, asked.seconds))
-                spent = time.perf_counter() - began
-                saturated = len(taken) / spent if (name, clients) == ("batch", max(asked.clients)) else saturated
-                print(line(f"{clients} clients, {name}", taken, spent, deadline), flush=True)
+            measured(f"{clients} clients", lambda url, clients=clients: closed(url, clients, asked.seconds))
+        saturated = figures[f"{max(asked.clients)} clients"]["batch"].rate
         for share in asked.rates:
-            for name, url in urls.items():
-                began = time.perf_counter()
-                taken = asyncio.run(opened(url, share * saturated, asked.seconds))
-                told = line(f"{share * saturated:.2f}/s, {name}", taken, time.perf_counter() - began, deadline)
-                print(told, flush=True)
+            rate = share * saturated
+            measured(f"{rate:.2f}/s", lambda url, rate=rate: opened(url, rate, asked.seconds))
+    if asked.plot:
+        plot(figures, asked.plot)
+
+
+def plot(figures: dict[str, dict[str, "Figures"]], path: str) -> None:
+    """Goodput and 95th percentile, service by service."""
+    import matplotlib.pyplot as plt
+
+    shown, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+    for axis, field, label in zip(
+        axes, ("goodput", "p95"), ("answers a second in time", "95 % within, s"), strict=True
+    ):
+        for at, name in enumerate(PORTS):
+            values = [getattr(row[name], field) for row in figures.values()]
+            axis.bar([number + 0.27 * (at - 1) for number in range(len(values))], values, 0.25, label=name)
+        axis.set_xticks(range(len(figures)), list(figures))
+        axis.set_ylabel(label)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
+    shown.savefig(path, dpi=110)
 
 
 def tune(asked: argparse.Namespace) -> None:
@@ -192,7 +228,7 @@ def tune(asked: argparse.Namespace) -> None:
             with service("batch", asked) as url:
                 began = time.perf_counter()
                 taken = asyncio.run(closed(url, 16, asked.seconds))
-                print(f"size {size}, wait {wait}: {line('', taken, time.perf_counter() - began, 1e9)}", flush=True)
+                print(f"size {size}, wait {wait} {figured(taken, time.perf_counter() - began, 1e9).row}", flush=True)
 
 
 def soak(asked: argparse.Namespace) -> None:

@@ -519,7 +519,7 @@ class ServeOptions(EngineOptions):
     watch: Annotated[float, How()] = Field(2.0, gt=0, description="seconds between looks at what is live")
     versions: Annotated[int, How()] = Field(2, ge=2, description="versions of a model in an engine's memory at once")
     drain: Annotated[float, How()] = Field(60.0, ge=0, description="seconds that running requests have at shutdown")
-    keys: Annotated[Uri | None, How()] = Field(
+    key_file: Annotated[Uri | None, How()] = Field(
         None, description="JSON file of API keys, by their hashes (see the key stage); default: none is asked for"
     )
     max_body: Annotated[ByteSize, How()] = Field(
@@ -570,7 +570,7 @@ class ServeConfig(ServeOptions, Place):
 class KeyConfig(Settings):
     """Make an API key: prints it once, and writes its hash into a file of keys."""
 
-    keys: Uri = Field(description="JSON file of keys to write to; made where there is none")
+    key_file: Uri = Field(description="JSON file of keys to write to; made where there is none")
     name: str = Field(pattern=_NAME, description="whose key it is; stands in metrics")
     pictures_per_minute: float | None = Field(None, gt=0, description="pictures that it may ask for in a minute")
     requests_at_once: int | None = Field(None, ge=1, description="requests that it may have under way")

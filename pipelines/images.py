@@ -34,6 +34,8 @@ _SAVED: dict[str, dict[str, Any]] = {
     "webp": {"format": "WEBP", "quality": 90},
     "jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0},
 }
+# What a side of a picture may have at most, by the format's own limits (PNG: 2^31 - 1, more than is ever decoded)
+LONGEST_SIDE = {"png": 2**31 - 1, "webp": 16_383, "jpeg": 65_500}
 _DRAFT_GAP = 4
 _SIXTEEN_BITS = 65_535
 # What Pillow's decoders raise on damaged files, by its source and by trying.
@@ -99,7 +101,8 @@ def decode(data: bytes, limits: Limits, background: str = "white", resolution: i
 
 def decode_alpha(data: bytes) -> Pixels:
     """The opacity of a picture that `decode` accepted: uint8 [H, W], 255 everywhere where it has none."""
-    with Image.open(io.BytesIO(data)) as image:
+    with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        warnings.simplefilter("ignore")
         return np.asarray(_upright(image)[0].convert("RGBA").getchannel("A"), dtype=np.uint8)
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from diffusion_core.config import PRESETS, ModelConfig
 from pipelines import config as settings
 from pipelines.config import Outcome, PipelineError, Settings
+from pipelines.storage import list_objects
 
 _OBJECT_STORE_BYTES = 400_000_000
 _POLL_S = 1.0
@@ -115,6 +116,8 @@ def settle(command: settings.TrainCommand) -> settings.TrainConfig:
     Raises PipelineError where nothing fits.
     """
     chosen: dict[str, Any] = {}
+    for source in command.source:
+        list_objects(source)  # what is not there is told before anything is measured
     if command.budget:
         connect()
         budget = importlib.import_module("pipelines.train.budget")

@@ -95,3 +95,10 @@ def test_pictures_without_a_time_are_ingested_at_the_networks_size(cartoon_shard
     settled = jobs.settle(command(tmp_path, source=[str(cartoon_shards)], preset="tiny"))
     assert settled.steps == TrainConfig.model_fields["steps"].default
     assert jobs.settle(command(tmp_path, source=[str(cartoon_shards)], preset="tiny")) == settled
+
+
+def test_pictures_that_are_not_there_are_told_before_anything_is_measured(tmp_path, capsys):
+    command = TrainCommand(source=[str(tmp_path / "none")], budget="2h", store=str(tmp_path), name="t")
+    with pytest.raises(PipelineError, match="none: nothing there; check the address"):
+        jobs.settle(command)
+    assert "measuring" not in capsys.readouterr().out

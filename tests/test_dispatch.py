@@ -67,10 +67,17 @@ def test_when_tries_are_spent_the_order_is_refused():
     assert len(engines.asked) == 3
 
 
-@pytest.mark.parametrize("reason", ["overloaded", "timeout", "unavailable"])
+@pytest.mark.parametrize("reason", ["overloaded", "unavailable"])
 def test_a_refusal_is_handed_on_and_not_tried_again(reason):
     engines = Engines(refusal=Refusal(reason, "no", 7.0))
     assert events_of(engines)[-1] == Refusal(reason, "no", 7.0)
+    assert len(engines.asked) == 1
+
+
+def test_a_deadline_that_passed_is_told_as_it_was_set_and_not_as_what_was_left_of_it():
+    engines = Engines(refusal=Refusal("timeout", "not done after 1.2 s", 7.0))
+    (event,) = [event for event in events_of(engines, timeout=60.0) if isinstance(event, Refusal)]
+    assert event == Refusal("timeout", "timeout: not done after 60 s; ask for fewer pictures or steps, or later", 7.0)
     assert len(engines.asked) == 1
 
 

@@ -160,6 +160,7 @@ def test_the_tree_in_the_readme_is_the_repository():
     for package in ("diffusion_core", "pipelines", *(f"pipelines/{name}" for name in stages)):
         files = {f"{package}/{path.name}" for path in (ROOT / package).iterdir() if path.suffix in (".py", ".j2")}
         assert files - shown == {f"{package}/__init__.py"}
+    assert {f"pipelines/serve/page/{path.name}" for path in (ROOT / "pipelines/serve/page").iterdir()} <= shown
 
 
 def test_every_link_and_picture_leads_somewhere():

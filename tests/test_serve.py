@@ -1,6 +1,8 @@
 import base64
 import importlib
 import io
+import json
+import re
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +13,7 @@ import openai
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from conftest import ROOT
 from PIL import Image
 from support.models import publish
 from test_worker import BOX, mask, picture
@@ -230,13 +233,34 @@ def test_who_hangs_up_at_the_proxy_frees_the_engine(url, client):
     assert time.monotonic() - began < 20, "64,000 calls would take minutes"
 
 
+def test_every_metric_of_the_dashboard_is_exported(client, ray_session):
+    import ray
+
+    body = {"steps": 3, "stream": True, "partial_images": 1}
+    assert client.post("/v1/images/generations", json=body).status_code == 200
+    assert client.post("/v1/images/generations", json={"n": 64, "steps": 900, "timeout": 0.01}).status_code == 504
+    dashboard = (ROOT / "infra/grafana/serving.json").read_text()
+    # Tries after a death come with the first death: there is none here
+    wanted = set(re.findall(r"ray_diffusion_\w+", dashboard)) - {"ray_diffusion_retries_total"}
+    assert {"ray_diffusion_pictures_total", "ray_diffusion_tick_seconds_bucket"} <= wanted
+    (node,) = ray.nodes()
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    end = time.monotonic() + 60
+    while wanted - set(re.findall(r"^(ray_diffusion_\w+)", httpx.get(address).text, flags=re.M)):
+        assert time.monotonic() < end, wanted
+        time.sleep(0.5)
+    page = (ROOT / "docs/load.md").read_text()
+    for panel in json.loads(dashboard)["panels"]:
+        assert f"| {panel['title']} |" in page
+
+
 def test_the_written_configuration_is_the_same_application_and_a_typo_in_it_is_an_error(url, tmp_path, store):
     from ray.serve.schema import ServeDeploySchema
 
     from pipelines import serve
 
     path = str(tmp_path / "service.yaml")
-    config = ServeConfig(store=store, name="tiny", max_replicas=3, keys="s3://bucket/keys.json", to=path)
+    config = ServeConfig(store=store, name="tiny", max_replicas=3, key_file="s3://bucket/keys.json", to=path)
     assert serve.run(config).uri == path
     with open(path) as file:
         written = yaml.safe_load(file)

@@ -165,13 +165,13 @@ def test_files_of_every_format_tell_what_made_them(client, kind, magic):
 
 
 def test_a_client_that_goes_away_frees_its_lanes(service, client):
-    body = {"n": 4, "steps": 1000, "stream": True, "partial_images": 100}
+    body = {"n": 64, "steps": 1000, "stream": True, "partial_images": 100}
     with client.stream("POST", GENERATIONS, json=body) as answer:
         next(answer.iter_text())
         assert service.loop.pending_calls > 0
     until(lambda: service.loop.pending_calls == 0)
     with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=service.url, timeout=0.3) as impatient:
-        impatient.post(GENERATIONS, json={"n": 4, "steps": 1000})
+        impatient.post(GENERATIONS, json={"n": 64, "steps": 1000})
     until(lambda: service.loop.pending_calls == 0)
 
 
@@ -229,7 +229,7 @@ def keys(tmp_path, capsys):
     """A file of keys, and the secret of each by name."""
     uri, secret = str(tmp_path / "keys.json"), {}
     for name, limits in (("ann", {}), ("bob", {"pictures_per_minute": 2}), ("eve", {"requests_at_once": 1})):
-        make_key(KeyConfig(keys=uri, name=name, **limits))
+        make_key(KeyConfig(key_file=uri, name=name, **limits))
         secret[name] = capsys.readouterr().out.split()[-1]
     return uri, secret
 
@@ -240,7 +240,7 @@ def bearer(secret):
 
 def test_keys_are_asked_for_and_limits_kept(tiny_model, keys):
     uri, secret = keys
-    with local_service(tiny_model, keys=uri) as locked, httpx.Client(base_url=locked.url, timeout=30) as own:
+    with local_service(tiny_model, key_file=uri) as locked, httpx.Client(base_url=locked.url, timeout=30) as own:
         assert own.get("/healthz").status_code == own.get("/readyz").status_code == 200
         for headers in ({}, bearer("sk-wrong"), {"Authorization": secret["ann"]}):
             answer = own.get("/v1/models", headers=headers)
@@ -252,7 +252,7 @@ def test_keys_are_asked_for_and_limits_kept(tiny_model, keys):
         assert (limited.status_code, limited.json()["error"]["code"]) == (429, "rate_limit")
         assert 30 <= int(limited.headers["retry-after"]) <= 60
         assert own.post(GENERATIONS, json=body, headers=bearer(secret["ann"])).status_code == 200
-        stream = {"n": 1, "steps": 1000, "stream": True, "partial_images": 100}
+        stream = {"n": 64, "steps": 1000, "stream": True, "partial_images": 100}
         with own.stream("POST", GENERATIONS, json=stream, headers=bearer(secret["eve"])) as first:
             next(first.iter_text())
             assert own.get("/v1/models", headers=bearer(secret["eve"])).status_code == 429
@@ -265,14 +265,14 @@ def test_a_file_of_keys_holds_no_secret_and_a_broken_one_is_told_without_its_con
     assert not any(each in text or each.removeprefix("sk-") in text for each in secret.values())
     (tmp_path / "broken.json").write_text('[{"name": "x", "sha256": "hunter2"}]')
     with pytest.raises(Exception, match=r"broken.json: no file of keys \(0.sha256") as caught:
-        make_key(KeyConfig(keys=str(tmp_path / "broken.json"), name="ann"))
+        make_key(KeyConfig(key_file=str(tmp_path / "broken.json"), name="ann"))
     assert "hunter2" not in str(caught.value)
 
 
 def test_a_revoked_key_opens_nothing(tiny_model, keys):
     uri, secret = keys
-    make_key(KeyConfig(keys=uri, name="ann", revoke=True))
-    with local_service(tiny_model, keys=uri) as locked:
+    make_key(KeyConfig(key_file=uri, name="ann", revoke=True))
+    with local_service(tiny_model, key_file=uri) as locked:
         assert httpx.get(f"{locked.url}/v1/models", headers=bearer(secret["ann"])).status_code == 401
         assert httpx.get(f"{locked.url}/v1/models", headers=bearer(secret["eve"])).status_code == 200
 

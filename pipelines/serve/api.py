@@ -4,9 +4,9 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import fastapi
 from fastapi.middleware.cors import CORSMiddleware
@@ -14,6 +14,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from pipelines import __version__
 from pipelines.config import SampleOptions, ServeConfig
+from pipelines.frame import Frame
+from pipelines.images import LONGEST_SIDE
 from pipelines.requests import ImageRequest, RequestError, open_request
 from pipelines.serve.answers import ErrorAnswer, ImagesAnswer, Making, describe, event
 from pipelines.serve.catalogue import Catalogue, Version
@@ -22,10 +24,12 @@ from pipelines.serve.errors import RefusedError, add_handlers, error_body, refus
 from pipelines.serve.guard import Guard, sender
 from pipelines.serve.keys import KeyRing
 from pipelines.serve.metrics import Asked, RequestMetrics
+from pipelines.serve.page import add_page
 from pipelines.serve.schemas import REQUEST_FIELDS, Body, DenoiseForm, EditForm, GenerationBody, VariationForm
 from pipelines.worker import picture_seed
 from pipelines.worker.loop import End, Event, Order, Preview, Refusal
 
+T = TypeVar("T")
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": told}
     for status, told in {
@@ -34,6 +38,14 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         504: "not done in time",
     }.items()
 }  # fmt: skip
+# An event of a stream (OpenAPI 3.2 names the schema of one so)
+_EVENT = {
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string", "contentMediaType": "application/json"}},
+    "required": ["event", "data"],
+}
+# Pictures of the largest size that an answer may hold, previews among them: they are in memory at once.
+_WHOLE_PICTURES = 4
 
 
 @dataclass(frozen=True)
@@ -53,8 +65,10 @@ def create_api(service: Service) -> fastapi.FastAPI:
     add_handlers(api)
     api.add_middleware(Guard, ring=service.ring, max_body=int(service.config.max_body))
     if service.config.origin:
-        allowed = ["Authorization", "Content-Type"]
-        api.add_middleware(CORSMiddleware, allow_origins=service.config.origin, allow_headers=allowed)
+        methods, headers = ["GET", "POST"], ["Authorization", "Content-Type"]
+        origins = service.config.origin
+        api.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=headers)
+    add_page(api)
     _add_state(api, service)
     _add_images(api, service)
     document = api.openapi
@@ -102,7 +116,7 @@ def _add_state(api: fastapi.FastAPI, service: Service) -> None:
 def _add_images(api: fastapi.FastAPI, service: Service) -> None:
     """What makes pictures."""
     answers: dict[int | str, dict[str, Any]] = {
-        200: {"model": ImagesAnswer, "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+        200: {"model": ImagesAnswer, "content": {"text/event-stream": {"itemSchema": _EVENT}}}
     }
 
     @api.post("/v1/images/generations", responses=answers)
@@ -141,9 +155,28 @@ async def _answer(service: Service, request: fastapi.Request, body: Body) -> Res
     events = _counted(service.dispatcher.make(version, order), Asked(version.name, body.task), body.n, service.metrics)
     if body.stream:
         return await _stream(making, events)
-    ends, refusal = await pictures(events)
+    ends, refusal = await _unless_gone(request, pictures(events))
     _check_ends(ends, refusal)
     return JSONResponse(await asyncio.to_thread(making.answer, ends))
+
+
+async def _unless_gone(request: fastapi.Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of work for a client, which is stopped where the client hangs up meanwhile."""
+    working, leaving = asyncio.create_task(work), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise fastapi.HTTPException(499, "the client hung up")
+        return await working
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _gone(request: fastapi.Request) -> None:
+    """Return once the client has hung up."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _version(service: Service, body: Body) -> Version:
@@ -175,7 +208,20 @@ async def _open(body: Body, version: Version, config: ServeConfig) -> Making:
     seeds = [picture_seed(seed, index) for index in range(body.n)]
     asked = ImageRequest(task=body.task, seed=seeds[0], **fields, **options, **data)
     opened = await asyncio.to_thread(open_request, asked, version.config, config.max_pixels)
+    if opened.frame is not None:
+        _check_answer(body, opened.frame, config)
     return Making(body, version, asked, opened, seed, seeds)
+
+
+def _check_answer(body: Body, frame: Frame, config: ServeConfig) -> None:
+    """Refuse pictures of the caller's own size that the format cannot hold, or that are too much all together."""
+    most, count = LONGEST_SIDE[body.output_format], body.n * (1 + body.partial_images)
+    if max(frame.width, frame.height) > most:
+        told = f"{body.output_format!r} has sides up to {most}; the image has {frame.width}x{frame.height} pixels"
+        raise RequestError("output_format", f"{told}; take png")
+    if count * frame.width * frame.height > _WHOLE_PICTURES * config.max_pixels:
+        told = f"{count} pictures and previews of {frame.width}x{frame.height} pixels"
+        raise RequestError("n", f"{told}; an answer has up to {_WHOLE_PICTURES * config.max_pixels} pixels in all")
 
 
 async def _stream(making: Making, events: AsyncGenerator[Event, None]) -> Response:
@@ -217,7 +263,7 @@ def _check_ends(ends: list[End], refusal: Refusal | None) -> None:
         raise RefusedError(refusal)
     failed = next((end for end in ends if end.error is not None), None)
     if failed is not None:
-        raise RequestError("request", f"picture {failed.index}: {failed.error}; ask for other settings")
+        raise RequestError("request", f"picture {failed.place}: {failed.error}; ask for other settings")
 
 
 async def _counted(

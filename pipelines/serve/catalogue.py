@@ -24,8 +24,13 @@ class Source:
     uri: str | None = None
 
     def current(self) -> str:
-        """URI of the version to serve now. Raises StorageError where there is none, or the store is out of reach."""
-        return self.uri or default_model(self.store, self.name)
+        """URI of the version to serve now. Raises PipelineError where there is none, or it cannot be known."""
+        try:
+            return self.uri or default_model(self.store, self.name)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PipelineError(
+                f"{self.name}: an entry of its log in {self.store} is not readable ({error})"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,12 @@ def sources(config: ServeConfig) -> list[Source]:
 
 
 def open_version(name: str, uri: str) -> Version:
-    """The version at a URI, without its weights. Raises StorageError where it is missing or damaged."""
+    """The version at a URI, without its weights. Raises PipelineError where it is missing or damaged."""
     uri = storage.normalise(uri)
-    return Version(name, uri, model_digest(storage.read_manifest(uri, "model")), load_config(uri))
+    try:
+        return Version(name, uri, model_digest(storage.read_manifest(uri, "model")), load_config(uri))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PipelineError(f"{uri}: {storage.MANIFEST} is not that of a model ({error}); publish it again") from error
 
 
 @dataclass

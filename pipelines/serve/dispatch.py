@@ -7,16 +7,15 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
 from pipelines.serve.catalogue import Version
-from pipelines.worker.loop import End, Event, Order, Preview, Refusal
+from pipelines.worker.loop import End, Event, Order, Preview, Refusal, late
 
 _PAUSE_S = 0.2
 # What an engine's own clock may be late by before its answer is no longer waited for.
 _GRACE_S = 5.0
-_DEAD = (RayActorError, WorkerCrashedError, RequestCancelledError)
 
 Call = Callable[[Version, Order], AsyncGenerator[Event, None]]
 
@@ -36,11 +35,9 @@ class Dispatcher:
         until, shown = time.monotonic() + order.timeout, dict.fromkeys(range(len(order.requests)), 0)
         open_places, tries = list(shown), 0
         while open_places:
-            rest = replace(
-                order, requests=tuple(order.requests[at] for at in open_places), timeout=until - time.monotonic()
-            )
+            rest = replace(order, requests=tuple(order.requests[at] for at in open_places))
             try:
-                async with contextlib.aclosing(self._tried(version, rest)) as events:
+                async with contextlib.aclosing(self._tried(version, rest, until)) as events:
                     async for event in events:
                         told = _renumbered(event, open_places, shown)
                         if told is not None:
@@ -57,10 +54,10 @@ class Dispatcher:
             self.retried(version.name)
             await asyncio.sleep(min(_PAUSE_S * 2**tries, max(0.0, until - time.monotonic())))
 
-    async def _tried(self, version: Version, order: Order) -> AsyncGenerator[Event, None]:
-        """One try. Raises EngineDiedError where it may be tried again."""
-        until = time.monotonic() + order.timeout + _GRACE_S
-        async with contextlib.aclosing(self.call(version, order)) as events:
+    async def _tried(self, version: Version, order: Order, until: float) -> AsyncGenerator[Event, None]:
+        """One try, within what is left of the order's time. Raises EngineDiedError where it may be tried again."""
+        rest, until = replace(order, timeout=max(0.0, until - time.monotonic())), until + _GRACE_S
+        async with contextlib.aclosing(self.call(version, rest)) as events:
             while True:
                 try:
                     event = await asyncio.wait_for(anext(events), max(0.0, until - time.monotonic()))
@@ -71,6 +68,8 @@ class Dispatcher:
                     return
                 if isinstance(event, Refusal) and event.reason == "failed":
                     raise EngineDiedError(event.message)
+                if isinstance(event, Refusal) and event.reason == "timeout":
+                    event = event._replace(message=late(order.timeout))  # and not of the rest of it
                 yield event
 
 
@@ -98,12 +97,12 @@ def through_serve(handles: dict[str, Any]) -> Call:
         try:
             async for event in response:
                 yield event
-        except _DEAD as error:
-            raise EngineDiedError(f"engine: {type(error).__name__}") from error
         except RayTaskError as error:
             raise EngineDiedError(f"engine: {type(error.cause).__name__}") from error
         except (BackPressureError, DeploymentUnavailableError) as error:
             yield Refusal("unavailable", f"engine: {type(error).__name__}", 5.0)
+        except (RayError, RayServeException) as error:
+            raise EngineDiedError(f"engine: {type(error).__name__}") from error
         finally:
             response.cancel()
 

@@ -22,6 +22,7 @@ _REFUSALS: dict[str, tuple[int, str, str | None]] = {
 }
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _SECONDS_AT_MOST = 3600
+_SHOWN = 100
 
 
 class RefusedError(Exception):
@@ -57,6 +58,11 @@ def status_answer(status: int, message: str, headers: dict[str, str] | None = No
     return JSONResponse(error_body(message, kind), status, headers)
 
 
+def _shown(field: str) -> str:
+    """The name of a field as it can be sent back: it is the caller's, of any length, and JSON's may be no Unicode."""
+    return field[:_SHOWN].encode("utf-8", "backslashreplace").decode()
+
+
 def add_handlers(api: fastapi.FastAPI) -> None:
     """Have the API answer with these errors."""
 
@@ -64,7 +70,7 @@ def add_handlers(api: fastapi.FastAPI) -> None:
     async def refuse_invalid(_: fastapi.Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-        field = ".".join(place) if first["type"] != "json_invalid" and place else "body"
+        field = _shown(".".join(place)) if first["type"] != "json_invalid" and place else "body"
         return JSONResponse(error_body(f"{field}: {first['msg']}", "invalid_request_error", field), 400)
 
     @api.exception_handler(RequestError)

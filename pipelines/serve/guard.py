@@ -15,7 +15,8 @@ from pipelines.worker.loop import Refusal
 
 # Seconds in which the whole of a request must have arrived
 _ARRIVAL_S = 60.0
-_OPEN = ("/healthz", "/readyz")
+# What anybody may see: whether the service is there, and the files of its page
+_OPEN, _OPEN_BELOW = ("/", "/healthz", "/readyz"), "/page/"
 _SENDER = "sender"
 
 
@@ -32,7 +33,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it with what is wrong."""
-        if scope["type"] != "http" or scope["path"] in _OPEN:
+        if scope["type"] != "http" or _is_open(scope["path"]):
             await self.app(scope, receive, send)
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
@@ -77,6 +78,11 @@ class _Counted:
             raise HTTPException(413, _too_large(self.limit))
         self.whole = not message.get("more_body", False)
         return message
+
+
+def _is_open(path: str) -> bool:
+    """Whether a path is answered without a key."""
+    return path in _OPEN or path.startswith(_OPEN_BELOW)
 
 
 def _nobody(scope: Scope) -> Key:

@@ -44,15 +44,15 @@ def read_keys(uri: str) -> list[Key]:
 
 def make_key(config: KeyConfig) -> None:
     """Print a new key, and write its hash beside those that there are; or take the keys of a name out."""
-    keys = read_keys(config.keys) if storage.exists(config.keys) else []
+    keys = read_keys(config.key_file) if storage.exists(config.key_file) else []
     if config.revoke:
         left = [key for key in keys if key.name != config.name]
-        _write(config.keys, left)
+        _write(config.key_file, left)
         print_line(f"key: {len(keys) - len(left)} keys of {config.name} revoked; restart the service to apply it")
         return
     secret = "sk-" + secrets.token_urlsafe(_BYTES)
     told = config.model_dump(include={"pictures_per_minute", "requests_at_once"})
-    _write(config.keys, [*keys, Key(name=config.name, sha256=_hash(secret), **told)])
+    _write(config.key_file, [*keys, Key(name=config.name, sha256=_hash(secret), **told)])
     print_line(f"key: for {config.name}, shown this once: {secret}")
 
 
@@ -104,7 +104,10 @@ class KeyRing:
 
     def leave(self, key: Key) -> None:
         """End a request."""
-        self._use(key).running -= 1
+        use = self._use(key)
+        use.running -= 1
+        if not use.running and key.pictures_per_minute is None:
+            del self._uses[key.name]  # without keys there is a name for each address that ever asked
 
     def spend(self, key: Key, pictures: int) -> float:
         """Take pictures from what is left of the minute; 0, or the seconds after which they would be there."""

@@ -1,7 +1,9 @@
 """An engine on one device: the models that it makes pictures with, their versions in memory, and the loop of each."""
 
 import asyncio
+import contextlib
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +50,8 @@ class EngineReplica:
     """Makes pictures with any version of its models, and has the live ones in memory, which it follows.
 
     All tick in turns on the one device. A version that is not live is let go when it was not used for a minute, or when
-    another one of its model needs the place.
+    another one of its model needs the place. An engine that fails ends this process: Ray Serve puts another in its
+    place and sends nobody here meanwhile; what was under way is asked for again by the ingress.
     """
 
     async def __init__(  # type: ignore[misc]
@@ -58,12 +61,20 @@ class EngineReplica:
         self._metrics = {source.name: EngineMetrics(source.name) for source in sources}
         self._executor = ThreadPoolExecutor(1, "tick")
         self._loaded: dict[str, _Loaded] = {}
-        self._loading: dict[str, asyncio.Task[_Loaded]] = {}
+        self._loading: dict[str, asyncio.Task[None]] = {}
         self._live: dict[str, str] = {}
         for source in sources:
-            self._live[source.name] = normalise(await asyncio.to_thread(source.current))
-            await self._get(source.name, self._live[source.name])
+            await self._begin(source)
         self._watching = asyncio.create_task(self._watch())
+
+    async def _begin(self, source: Source) -> None:
+        """Load what is live. Where that is damaged, the version before can be asked for by its URI."""
+        uri = self._live[source.name] = normalise(await asyncio.to_thread(source.current))
+        problem = await self.load(source.name, uri)
+        if problem is not None and source.uri is not None:
+            raise PipelineError(problem)
+        if problem is not None:
+            _log.warning("serve: %s starts without what is live: %s", source.name, problem)
 
     async def make(self, name: str, uri: str, order: Order) -> AsyncGenerator[Event, None]:
         """What becomes of an order by the version of a model at `uri`, as `TickLoop.make` tells it."""
@@ -74,8 +85,9 @@ class EngineReplica:
             return
         loaded.users += 1
         try:
-            async for event in loaded.loop.make(order):
-                yield event
+            async with contextlib.aclosing(loaded.loop.make(order)) as events:
+                async for event in events:
+                    yield event
         finally:
             loaded.users -= 1
             loaded.used = time.monotonic()
@@ -101,35 +113,40 @@ class EngineReplica:
         """The load, for Ray Serve's autoscaler."""
         return {PENDING: float(sum(each.loop.pending_calls for each in self._loaded.values()))}
 
-    async def check_health(self) -> None:
-        """Raise RuntimeError where an engine has failed, so that Ray Serve puts another in this one's place."""
-        for uri, loaded in self._loaded.items():
-            if loaded.loop.error is not None:
-                raise RuntimeError(f"{uri}: the engine failed: {loaded.loop.error!r}")
-
     async def _get(self, name: str, uri: str) -> _Loaded:
         """A version, loaded now where it is not yet; those who ask meanwhile wait for the same."""
         uri = normalise(uri)
-        if uri not in self._loaded:
+        while uri not in self._loaded:  # it may be let go again before whoever waited for it has its turn
             if uri not in self._loading:
                 self._loading[uri] = asyncio.create_task(self._load(name, uri))
-            return await asyncio.shield(self._loading[uri])
+            await asyncio.shield(self._loading[uri])
         return self._loaded[uri]
 
-    async def _load(self, name: str, uri: str) -> _Loaded:
+    async def _load(self, name: str, uri: str) -> None:
         """Load a version beside the ticks of the others. Raises PipelineError where it is damaged, or has no place."""
         try:
             self._make_room(name)
             worker = await asyncio.to_thread(self._open, uri)
             loop = TickLoop(worker.engine, self._executor, self.settings.queue, self._metrics[name].tell)
-            loaded = _Loaded(name, worker, loop, asyncio.create_task(loop.run()), used=time.monotonic())
-            self._loaded[uri] = loaded
-            return loaded
+            task = asyncio.create_task(self._run(name, loop))
+            self._loaded[uri] = _Loaded(name, worker, loop, task, used=time.monotonic())
         finally:
             del self._loading[uri]
 
+    async def _run(self, name: str, loop: TickLoop) -> None:
+        """Tick until the version is let go; a failure is the end of this process."""
+        try:
+            await loop.run()
+        finally:
+            if not isinstance(loop.error, asyncio.CancelledError):
+                _log.error("serve: an engine of %s failed", name, exc_info=loop.error)
+                os._exit(1)  # an error of a device stays with its process; so may others
+
     def _open(self, uri: str) -> Worker:
-        return Worker(load_model(uri), lanes=self.settings.lanes, threads=self.settings.threads)
+        try:
+            return Worker(load_model(uri), lanes=self.settings.lanes, threads=self.settings.threads)
+        except (RuntimeError, ValueError) as error:
+            raise PipelineError(f"{uri}: cannot be loaded on this device ({str(error).splitlines()[0]})") from error
 
     def _make_room(self, name: str) -> None:
         """Let go of the version of a model that was unused for longest. Raises PipelineError where all are in use."""

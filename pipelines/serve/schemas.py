@@ -16,6 +16,8 @@ MEDIA_TYPES: dict[Format, str] = {"png": "image/png", "jpeg": "image/jpeg", "web
 class ImageOptions(SampleOptions):
     """What every request may say."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     model: str | None = Field(None, max_length=200, description="name of the model; see GET /v1/models")
     prompt: str = Field("", max_length=1000, description="a class of the model, or empty for any")
     negative_prompt: str = Field("", max_length=1000, description="a class to lead away from; needs guidance")

@@ -1,6 +1,7 @@
 """The Ray Serve application: its deployments, and how it is started here, or written down for a cluster."""
 
 import asyncio
+import contextlib
 import signal
 import socket
 import threading
@@ -9,6 +10,8 @@ from typing import Any
 import fastapi
 import yaml
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from pipelines.config import Outcome, PipelineError, ServeConfig, to_values
 from pipelines.images import Pixels
@@ -44,7 +47,7 @@ class Ingress:
         self.config, self.engines = config, engines
         metrics = RequestMetrics()
         dispatcher = Dispatcher(through_serve(engines), config.retries, metrics.retry)
-        ring = KeyRing(read_keys(config.keys) if config.keys else [], config.ingress_replicas)
+        ring = KeyRing(read_keys(config.key_file) if config.key_file else [], config.ingress_replicas)
         self.service = Service(config, Catalogue(sources(config), self._prepare), dispatcher, ring, metrics)
         self._others: dict[str, Version] = {}
         await self.service.catalogue.refresh()
@@ -101,11 +104,20 @@ class Ingress:
         return self._others[uri]
 
     async def _prepare(self, version: Version) -> str | None:
-        """Have an engine load a version before it answers; where engines rest, the first request will."""
-        if not self.config.replicas:
-            return None
-        problem: str | None = await self.engines[version.name].load.remote(version.name, version.uri)
-        return problem
+        """Have an engine load a version before it answers; where engines may rest, its file is looked at here.
+
+        Returns what stands in the way, in words, or None.
+        """
+        try:
+            if not self.config.replicas:
+                await asyncio.to_thread(load_model, version.uri)
+                return None
+            problem: str | None = await self.engines[version.name].load.remote(version.name, version.uri)
+            return problem
+        except PipelineError as error:
+            return str(error)
+        except (RayError, RayServeException) as error:
+            return f"{version.uri}: the engine that should load it died ({type(error).__name__})"
 
 
 def _opened(request: ImageRequest, version: Version) -> Any:
@@ -176,8 +188,19 @@ def start(config: ServeConfig) -> str:
 
 
 def stop() -> None:
-    """Stop the application and its HTTP server, once what runs has ended."""
-    serve.shutdown()
+    """Stop the application once what runs has ended, and then its HTTP server."""
+    for name in serve.status().applications:
+        _delete(name)
+    serve.shutdown()  # at once, whatever it carries
+
+
+def _delete(name: str) -> None:
+    """Wait until an application is gone, which has as long as its deployments say."""
+    gone = False
+    while not gone:
+        with contextlib.suppress(TimeoutError):  # Ray Serve waits for a minute at a time
+            serve.delete(name)
+            gone = True
 
 
 def run(config: ServeConfig) -> Outcome:
@@ -185,8 +208,8 @@ def run(config: ServeConfig) -> Outcome:
     if config.to is not None:
         return _write(config, config.to)
     url = start(config)
-    if config.host not in ("127.0.0.1", "localhost", "::1") and not config.keys:
-        print(f"serve: no --keys: whoever reaches {config.host}:{config.port} may use it", flush=True)
+    if config.host not in ("127.0.0.1", "localhost", "::1") and not config.key_file:
+        print(f"serve: no --key-file: whoever reaches {config.host}:{config.port} may use it", flush=True)
     print(f"serve: {url}  (documentation at {url}/docs; stop with Ctrl-C)", flush=True)
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -59,6 +59,11 @@ class Refusal(NamedTuple):
 Event = Preview | End | Refusal
 
 
+def late(timeout: float) -> str:
+    """What is told of an order that was not done within its seconds."""
+    return f"timeout: not done after {timeout:g} s; ask for fewer pictures or steps, or later"
+
+
 class Tick(NamedTuple):
     """What one tick did: its seconds, denoiser calls made, pictures ended, calls still to make, pictures that wait."""
 
@@ -88,8 +93,8 @@ class _Seat:
 class TickLoop:
     """Runs `engine` in one task; each tick runs in `executor`, and `told` hears of it.
 
-    At most `limit` pictures of a priority wait for a place in the engine. After an error of a tick the loop is over:
-    `error` says why, all orders are refused as "failed", and the engine is not to be used again.
+    At most `limit` pictures of a priority wait for a place in the engine. After an error the loop is over: `error` says
+    why, all orders are refused as "failed", and the engine is not to be used again.
     """
 
     engine: Engine
@@ -101,6 +106,7 @@ class TickLoop:
     _seats: dict[int, _Seat] = field(default_factory=dict)
     _left: list[_Seat] = field(default_factory=list)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
+    _calls: int = 0
     _admissions: int = 0
     _pace: float = 0.0
 
@@ -110,7 +116,8 @@ class TickLoop:
     @property
     def pending_calls(self) -> int:
         """Denoiser calls still to make for all that were taken: the load."""
-        return self.engine.pending_calls + sum(seat.request.sampler.steps for seat in self._queue.items())
+        # The engine itself is not asked: it may be busy in another thread.
+        return self._calls + sum(seat.request.sampler.steps for seat in self._queue.items())
 
     @property
     def idle(self) -> bool:
@@ -147,23 +154,33 @@ class TickLoop:
 
     async def run(self) -> None:
         """Tick while there is something to do, and wait while there is not; ends at an error of a tick."""
-        while self.error is None:
-            self._clear_left()
-            self._expire()
-            self._admit()
-            if self.engine.idle:
-                await self._wake.wait()
-                self._wake.clear()
-                continue
-            began, pending = time.perf_counter(), self.engine.pending_calls
-            ticking = self.executor.submit(self.engine.tick)
-            await asyncio.wait([asyncio.wrap_future(ticking)])
-            self.error = ticking.exception()
-            if self.error is None:
-                made = pending - self.engine.pending_calls
-                self._hand_out(ticking.result(), made, time.perf_counter() - began)
-        for seat in [*self._seats.values(), *self._queue.items()]:
-            seat.events.put_nowait(self._failure())
+        try:
+            while self.error is None:
+                await self._turn()
+        except BaseException as error:
+            self.error = error
+            raise
+        finally:
+            for seat in [*self._seats.values(), *self._queue.items()]:
+                seat.events.put_nowait(self._failure())
+
+    async def _turn(self) -> None:
+        """Let people out and in, and tick once; or wait where nobody is there."""
+        self._clear_left()
+        self._expire()
+        self._admit()
+        self._calls = self.engine.pending_calls
+        if self.engine.idle:
+            await self._wake.wait()
+            self._wake.clear()
+            return
+        began = time.perf_counter()
+        ticking = self.executor.submit(self.engine.tick)
+        await asyncio.wait([asyncio.wrap_future(ticking)])
+        self.error = ticking.exception()
+        if self.error is None:
+            made, self._calls = self._calls - self.engine.pending_calls, self.engine.pending_calls
+            self._hand_out(ticking.result(), made, time.perf_counter() - began)
 
     def _hand_out(self, ended: list[Finished], made: int, seconds: float) -> None:
         """Tell of pictures that ended or have a preview due, after `made` denoiser calls for them."""
@@ -217,8 +234,7 @@ class TickLoop:
         now = time.monotonic()
         for seat in [*self._seats.values(), *self._queue.items()]:
             if seat.until <= now and not seat.left:
-                told = f"timeout: not done after {seat.order.timeout:g} s; ask for fewer pictures or steps, or later"
-                seat.events.put_nowait(Refusal("timeout", told, self._wait()))
+                seat.events.put_nowait(Refusal("timeout", late(seat.order.timeout), self._wait()))
                 self._left.append(seat)
         self._clear_left()
 

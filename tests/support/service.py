@@ -59,7 +59,7 @@ class LocalService:
         catalogue = Catalogue(sources(self.config), prepare)
         await catalogue.refresh()
         dispatcher = Dispatcher(lambda _, order: self.loop.make(order), self.config.retries)
-        ring = KeyRing(read_keys(self.config.keys) if self.config.keys else [])
+        ring = KeyRing(read_keys(self.config.key_file) if self.config.key_file else [])
         return Service(self.config, catalogue, dispatcher, ring, RequestMetrics())
 
 
