@@ -14,6 +14,7 @@ export class Settings {
     chips(find("counts"), "n", COUNTS.map((count) => [String(count), String(count)]), String(COUNT));
     find("seed").value = drawnSeed();
     find("dice").addEventListener("click", () => this.roll());
+    find("seed").addEventListener("input", () => this.used = null);
     this.form.addEventListener("input", () => this.#tell());
     this.form.elements.model.addEventListener("change", () => this.#fit());
   }
@@ -68,7 +69,7 @@ export class Settings {
     this.#tell();
   }
 
-  /** Before pictures are made: another seed, unless this one is to be kept or was not used yet. */
+  /** Before pictures are made: another seed, unless this one is to be kept, was typed, or was not used yet. */
   renew() {
     if (this.used && this.used === find("seed").value && !find("lock").checked) this.roll();
     this.used = find("seed").value;
