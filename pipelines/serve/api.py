@@ -154,7 +154,7 @@ async def _answer(service: Service, request: fastapi.Request, body: Body) -> Res
     order = Order(requests, body.priority, key.name, timeout, body.partial_images)
     events = _counted(service.dispatcher.make(version, order), Asked(version.name, body.task), body.n, service.metrics)
     if body.stream:
-        return await _stream(making, events)
+        return await _stream(request, making, events)
     ends, refusal = await _unless_gone(request, pictures(events))
     _check_ends(ends, refusal)
     return JSONResponse(await asyncio.to_thread(making.answer, ends))
@@ -224,13 +224,17 @@ def _check_answer(body: Body, frame: Frame, config: ServeConfig) -> None:
         raise RequestError("n", f"{told}; an answer has up to {_WHOLE_PICTURES * config.max_pixels} pixels in all")
 
 
-async def _stream(making: Making, events: AsyncGenerator[Event, None]) -> Response:
+async def _stream(request: fastapi.Request, making: Making, events: AsyncGenerator[Event, None]) -> Response:
     """The events of a request, the first of which decides whether there are any."""
-    first = await anext(events)
+    first = await _unless_gone(request, _first(events))
     if isinstance(first, Refusal):
         raise RefusedError(first)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(_told(making, first, events), media_type="text/event-stream", headers=headers)
+
+
+async def _first(events: AsyncGenerator[Event, None]) -> Event:
+    return await anext(events)
 
 
 async def _told(making: Making, first: Event, events: AsyncGenerator[Event, None]) -> AsyncIterator[bytes]:

@@ -210,7 +210,7 @@ def run(config: ServeConfig) -> Outcome:
     url = start(config)
     if config.host not in ("127.0.0.1", "localhost", "::1") and not config.key_file:
         print(f"serve: no --key-file: whoever reaches {config.host}:{config.port} may use it", flush=True)
-    print(f"serve: {url}  (documentation at {url}/docs; stop with Ctrl-C)", flush=True)
+    print(f"serve: {url}  is a page to play with ({url}/docs documents the API; stop with Ctrl-C)", flush=True)
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
