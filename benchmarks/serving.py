@@ -1,6 +1,6 @@
 """The service under load, beside what people would put up instead: one model, one mix of requests, one machine.
 
-usage: python benchmarks/serving.py compare SCRATCH [--seconds 40] [--rates 0.5 0.8 1.0 1.2] [--clients 1 4 16]
+usage: python benchmarks/serving.py compare SCRATCH [--seconds 40] [--rates 0.5 0.8 1.0 1.2] [--clients 1 4 16] [--batch 8 0.02]
        python benchmarks/serving.py tune SCRATCH [--seconds 30]
        python benchmarks/serving.py soak SCRATCH [--pictures 2000]
 
@@ -49,7 +49,7 @@ from pipelines.images import to_png
 STEPS = (10, 20, 50)
 SIDE = 32
 GUIDED = 2.0
-BATCH = (16, 0.02)  # size and wait of `batch`, as `tune` found
+BATCH = (8, 0.02)  # size and wait of `batch`, as `tune` found
 PORTS = {"ours": 19710, "batch": 19720, "lock": 19730}
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 
