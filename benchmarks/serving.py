@@ -1,6 +1,7 @@
 """The service under load, beside what people would put up instead: one model, one mix of requests, one machine.
 
-usage: python benchmarks/serving.py compare SCRATCH [--seconds 40] [--rates 0.5 0.8 1.0 1.2] [--clients 1 4 16] [--batch 8 0.02]
+usage: python benchmarks/serving.py compare SCRATCH [--seconds 40] [--rates 0.5 0.8 1.0 1.2]
+                                           [--clients 1 4 16] [--batch 8 0.02]
        python benchmarks/serving.py tune SCRATCH [--seconds 30]
        python benchmarks/serving.py soak SCRATCH [--pictures 2000]
 
