@@ -154,6 +154,14 @@ def open_request(request: ImageRequest, model: ModelConfig, max_pixels: int = _M
     return Opened(made, frame, own, mask)
 
 
+def opened_or_refused(request: ImageRequest, model: ModelConfig) -> Opened | RequestError:
+    """As `open_request`, with the refusal handed back, for where one request must not stop others."""
+    try:
+        return open_request(request, model)
+    except RequestError as error:
+        return error
+
+
 def _labels(request: ImageRequest, model: ModelConfig) -> tuple[int | None, int | None]:
     """The labels to lead to and away from, None for the null class."""
     negative = label_of("negative_prompt", request.negative_prompt, model)

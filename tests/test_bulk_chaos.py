@@ -3,14 +3,12 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from support import sessions
 
 from pipelines import storage
 from pipelines.config import VerifyConfig
@@ -44,23 +42,17 @@ def quiet(table, tiny_model, tmp_path_factory):
 
 
 def start(table, model, store, *flags, **environment):
-    command = [sys.executable, "-m", "pipelines", "generate", "--model", model, "--table", table, "--store", str(store)]
+    told = ["--model", model, "--table", table, "--store", store, "--name", "x", "--shard-size", SHARD]
     # Many steps, so that a shard takes long enough to be killed in.
-    command += ["--name", "x", "--steps", "200", "--shard-size", str(SHARD), "--workers", "2", *flags]
-    return subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "RAY_AUTH_MODE": "disabled", **environment}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+    return sessions.start("generate", *told, "--steps", 200, "--workers", 2, *flags, **environment)
 
 
 def finish(process):
-    output, _ = process.communicate(timeout=300)
-    return output, process.returncode
+    return sessions.finish(process, timeout=300)
 
 
 def uri_of(output):
-    """The last line but for what Ray tells of killed workers."""
-    return re.findall(r"^generate: (\S+)$", output, flags=re.M)[-1]
+    return sessions.uri_of("generate", output)
 
 
 def contents(uri):
@@ -84,33 +76,15 @@ def wait_for(process, store, wanted):
     assert process.poll() is None, process.communicate()[0]
 
 
-def kill_all(process):
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def kill_the_painter(session):
-    """SIGKILL the session's Ray actor that paints; how many were killed."""
-    for folder in Path("/proc").iterdir():
-        try:
-            title = (folder / "cmdline").read_bytes().decode()
-            if folder.name.isdigit() and os.getsid(int(folder.name)) == session and "MapWorker" in title:
-                os.kill(int(folder.name), signal.SIGKILL)
-                return 1
-        except (OSError, ValueError):
-            continue
-    return 0
-
-
 def test_a_run_whose_worker_and_then_whole_session_are_killed_ends_with_the_same_bytes(
     table, tiny_model, quiet, tmp_path
 ):
     store = tmp_path / "store"
     process = start(table, tiny_model, store)
     wait_for(process, store, 2)
-    assert kill_the_painter(process.pid), "no worker was there to kill"
+    assert sessions.kill_one(process.pid, "MapWorker"), "no worker was there to kill"
     wait_for(process, store, 5)
-    kill_all(process)
+    sessions.kill_all(process)
     assert not list(store.glob("images/*/*/manifest.json")), "nobody sees half"
     done = {path.name for path in records(store)}
     kept = {path: path.stat().st_mtime_ns for path in store.glob("images/*/*/part-*")}

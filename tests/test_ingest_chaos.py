@@ -1,19 +1,14 @@
 """Ingestion while processes die and the way to the store breaks: nothing is lost, and the bytes are the same."""
 
 import io
-import os
-import re
-import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
 from ray.cluster_utils import Cluster
+from support import sessions
 from support.damage import encoded, noise, tar_bytes
 
 from pipelines import storage
@@ -53,31 +48,20 @@ def expected(undisturbed):
 
 
 def start(source, store, *flags, **environment):
-    command = [sys.executable, "-m", "pipelines", "ingest", "--source", str(source), "--store", str(store)]
-    command += ["--name", "x", "--resolution", "16", "--shard-size", "100", *flags]
-    return subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "RAY_AUTH_MODE": "disabled", **environment}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+    told = ["--source", source, "--store", store, "--name", "x", "--resolution", 16, "--shard-size", 100]
+    return sessions.start("ingest", *told, *flags, **environment)
 
 
 def finish(process):
-    output, _ = process.communicate(timeout=400)
-    return output, process.returncode
+    return sessions.finish(process, timeout=400)
 
 
 def uri_of(output):
-    """The last line but for what Ray tells of killed workers."""
-    return re.findall(r"^ingest: (\S+)$", output, flags=re.M)[-1]
+    return sessions.uri_of("ingest", output)
 
 
 def records(store):
     return list(Path(store).glob("datasets/*/*/staging/units/*.json"))
-
-
-def kill_all(process):
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def same(dataset, expected):
@@ -93,7 +77,7 @@ def test_a_run_whose_processes_are_all_killed_three_times_ends_with_the_same_byt
         while len(records(store)) < wanted and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         assert process.poll() is None, process.communicate()[0]
-        kill_all(process)
+        sessions.kill_all(process)
         assert not list(store.glob("datasets/*/*/manifest.json")), "nobody sees half"
         done = {path: path.stat().st_mtime_ns for path in records(store)}
     output, code = finish(start(shards, store))
@@ -110,26 +94,13 @@ def test_killed_workers_are_replaced_and_change_nothing(shards, expected, tmp_pa
     deadline = time.monotonic() + 200
     while process.poll() is None and time.monotonic() < deadline:
         if 0 < len(records(tmp_path / "store")) < TARS and killed < 3:
-            killed += kill_a_worker(process.pid)
+            killed += sessions.kill_one(process.pid, r"ray::.*[Mm]ap")
             time.sleep(0.5)
         time.sleep(0.02)
     output, code = finish(process)
     assert code == 0, output
     assert killed, "no worker was there to kill"
     same(open_dataset(uri_of(output)), expected)
-
-
-def kill_a_worker(session):
-    """SIGKILL one of the session's Ray workers that is at a map task; how many were killed."""
-    for folder in Path("/proc").iterdir():
-        try:
-            title = (folder / "cmdline").read_bytes().decode()
-            if folder.name.isdigit() and os.getsid(int(folder.name)) == session and re.search(r"ray::.*[Mm]ap", title):
-                os.kill(int(folder.name), signal.SIGKILL)
-                return 1
-        except (OSError, ValueError):
-            continue
-    return 0
 
 
 def test_a_killed_node_changes_nothing(shards, expected, tmp_path):

@@ -13,7 +13,7 @@ from diffusion_core.lanes import Finished
 from diffusion_core.tasks import prepare
 from pipelines.bulk.inputs import Rejection
 from pipelines.images import Pixels
-from pipelines.requests import ImageRequest, Opened, RequestError, open_request
+from pipelines.requests import ImageRequest, Opened, RequestError, open_request, opened_or_refused
 from pipelines.worker import Worker
 from pipelines.worker.worker import pixels_of
 
@@ -77,10 +77,10 @@ class Shared:
 
     def _opened(self, request: ImageRequest | Rejection) -> Opened | Rejection:
         """A request with its files decoded, or why there is none."""
-        try:
-            return request if isinstance(request, Rejection) else open_request(request, self.worker.model.config)
-        except RequestError as error:
-            return Rejection("refused", str(error))
+        if isinstance(request, Rejection):
+            return request
+        opened = opened_or_refused(request, self.worker.model.config)
+        return Rejection("refused", str(opened)) if isinstance(opened, RequestError) else opened
 
     def _run(self) -> None:
         """Admit what has come, make a call, hand out what has ended; until it is closed."""

@@ -16,7 +16,7 @@ from pipelines.bulk.numerics import pin, pinned
 from pipelines.bulk.shards import Record, commit_shard, record_of
 from pipelines.config import PipelineError, ray_address
 from pipelines.model import load_model
-from pipelines.worker import Worker, load_worker, pool_size
+from pipelines.worker import Worker, gpus_of_a_worker, load_worker, pool_size
 
 # Shards that a worker has at once: rows of the second fill the batch while the last of the first are made.
 _AT_ONCE = 2
@@ -88,7 +88,6 @@ def through_actors(job: Job, missing: Sequence[int]) -> Iterator[Made]:
 
 def _by_pool(job: Job, missing: Sequence[int], size: int) -> Iterator[dict[str, Any]]:
     """What a Ray Data pool of painters says of each shard."""
-    import ray
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -99,7 +98,7 @@ def _by_pool(job: Job, missing: Sequence[int], size: int) -> Iterator[dict[str, 
         enable_true_multi_threading=True,
     )
     rows = ray.data.from_items([{"shard": shard} for shard in missing], override_num_blocks=min(len(missing), _TASKS))
-    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    gpus = gpus_of_a_worker()
     painted = rows.map(ShardPainter, fn_constructor_args=(job,), compute=pool, num_cpus=1, num_gpus=gpus)
     yield from painted.iter_rows()
 

@@ -16,7 +16,7 @@ from ray.serve.exceptions import RayServeException
 from pipelines.config import Outcome, PipelineError, ServeConfig, to_values
 from pipelines.images import Pixels
 from pipelines.model import load_model
-from pipelines.requests import ImageRequest, RequestError, open_request
+from pipelines.requests import ImageRequest, Opened, opened_or_refused
 from pipelines.serve.api import Service, create_api
 from pipelines.serve.catalogue import Catalogue, Source, Version, open_version, sources
 from pipelines.serve.dispatch import Dispatcher, pictures, through_serve
@@ -25,6 +25,7 @@ from pipelines.serve.metrics import RequestMetrics
 from pipelines.serve.replica import EngineReplica, EngineSettings
 from pipelines.serve.scaling import LoadPolicy
 from pipelines.storage import normalise
+from pipelines.worker import gpus_of_a_worker
 from pipelines.worker.loop import Order
 
 _ONGOING = 1024
@@ -62,9 +63,11 @@ class Ingress:
         Waits while there is no room. Raises PipelineError where the service does not have this model, or fails.
         """
         version = await self._version_of(model)
-        opened = await asyncio.to_thread(lambda: [_opened(request, version) for request in requests])
-        whole = [(at, each) for at, each in enumerate(opened) if not isinstance(each, str)]
-        found: dict[int, Pixels | str] = {at: each for at, each in enumerate(opened) if isinstance(each, str)}
+        opened = await asyncio.to_thread(lambda: [opened_or_refused(each, version.config) for each in requests])
+        whole = [(at, each) for at, each in enumerate(opened) if isinstance(each, Opened)]
+        found: dict[int, Pixels | str] = {
+            at: str(each) for at, each in enumerate(opened) if isinstance(each, Exception)
+        }
         for first in range(0, len(whole), self.config.queue):
             part = whole[first : first + self.config.queue]
             order = Order(tuple(each.core for _, each in part), "bulk", "bulk", _BULK_TIMEOUT_S)
@@ -120,14 +123,6 @@ class Ingress:
             return f"{version.uri}: the engine that should load it died ({type(error).__name__})"
 
 
-def _opened(request: ImageRequest, version: Version) -> Any:
-    """A request in the core's terms, or why there is none."""
-    try:
-        return open_request(request, version.config)
-    except RequestError as error:
-        return str(error)
-
-
 def build(arguments: dict[str, Any]) -> Any:
     """The application, from settings of the serve stage: what `serve deploy` and KubeRay call.
 
@@ -156,7 +151,7 @@ def application(config: ServeConfig) -> Any:
 def _engine(config: ServeConfig, name: str, served: list[Source]) -> Any:
     """A deployment of engines for these models."""
     settings = EngineSettings(config.lanes, config.threads, config.queue, config.watch, config.versions)
-    gpus = config.gpus if config.gpus is not None else float(_gpus())
+    gpus = config.gpus if config.gpus is not None else gpus_of_a_worker()
     counts: dict[str, Any] = {"num_replicas": config.replicas}
     if config.most_replicas > config.replicas:
         counts = {"autoscaling_config": _autoscaling(config)}
@@ -241,13 +236,6 @@ def _write(config: ServeConfig, path: str) -> Outcome:
         yaml.safe_dump(deployed(config), file, sort_keys=False)
     print(f"serve: wrote {path}; start it with: serve deploy {path}", flush=True)
     return Outcome(uri=path, found=False)
-
-
-def _gpus() -> bool:
-    """Whether the cluster has GPUs."""
-    import ray
-
-    return bool(ray.cluster_resources().get("GPU", 0) >= 1)
 
 
 def _free_port(host: str) -> int:

@@ -51,7 +51,7 @@ class End(NamedTuple):
 class Refusal(NamedTuple):
     """Why an order was not taken, or not finished, and after how many seconds to try again."""
 
-    reason: str  # "overloaded", "timeout" or "failed"
+    reason: str  # "overloaded", "timeout", "failed", "unavailable" or "rate_limit"
     message: str
     retry_after: float = 0.0
 

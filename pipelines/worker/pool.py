@@ -5,11 +5,17 @@ from typing import Any
 
 def pool_of(workers: int, tasks: int) -> dict[str, Any]:
     """Arguments of a Ray Data map for a pool of so many workers as `pool_size` says, each with a device."""
-    import ray
     import ray.data
 
     compute = ray.data.ActorPoolStrategy(size=pool_size(workers, tasks))
-    return {"compute": compute, "num_cpus": 1, "num_gpus": 1 if ray.cluster_resources().get("GPU") else 0}
+    return {"compute": compute, "num_cpus": 1, "num_gpus": gpus_of_a_worker()}
+
+
+def gpus_of_a_worker() -> int:
+    """1 where the cluster has GPUs, else 0."""
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0) >= 1)
 
 
 def pool_size(workers: int, tasks: int) -> int:

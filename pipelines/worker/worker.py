@@ -17,7 +17,7 @@ from diffusion_core.widths import measure_lanes
 from pipelines.config import PipelineError
 from pipelines.images import Pixels, to_bytes
 from pipelines.model import Model, load_model
-from pipelines.requests import ImageRequest, Opened, RequestError, open_request
+from pipelines.requests import ImageRequest, Opened, RequestError, open_request, opened_or_refused
 
 LANES = 32
 
@@ -77,14 +77,7 @@ class Worker:
 
     def paint_each(self, requests: Sequence[ImageRequest]) -> list[Pixels | PipelineError]:
         """One picture uint8 [H, W, 3] for each request, in order, or the error that ended it and no other."""
-        return self._run([self._opened(request) for request in requests])
-
-    def _opened(self, request: ImageRequest) -> Opened | PipelineError:
-        """A request in the core's terms, or why there is none."""
-        try:
-            return open_request(request, self.model.config)
-        except RequestError as error:
-            return error
+        return self._run([opened_or_refused(request, self.model.config) for request in requests])
 
     def _run(self, requests: Sequence[Opened | PipelineError]) -> list[Pixels | PipelineError]:
         """The ends of requests; errors among them stay where they are."""

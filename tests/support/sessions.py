@@ -1,0 +1,49 @@
+"""A stage as a command in a session of its own: started, waited for, killed in part or as a whole."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT
+
+
+def start(stage, *flags, **environment):
+    """The command of a stage, its output kept, in a session that can be killed as one."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipelines", stage, *map(str, flags)],
+        cwd=ROOT, env={**os.environ, "RAY_AUTH_MODE": "disabled", **environment}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process, timeout):
+    """Output and exit status."""
+    output, _ = process.communicate(timeout=timeout)
+    return output, process.returncode
+
+
+def uri_of(stage, output):
+    """The last line but for what Ray tells of killed workers."""
+    return re.findall(rf"^{stage}: (\S+)$", output, flags=re.M)[-1]
+
+
+def kill_all(process):
+    """SIGKILL the whole session."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def kill_one(session, title):
+    """SIGKILL one of the session's processes whose command line has the pattern `title`; how many were killed."""
+    for folder in Path("/proc").iterdir():
+        try:
+            told = (folder / "cmdline").read_bytes().decode()
+            if folder.name.isdigit() and os.getsid(int(folder.name)) == session and re.search(title, told):
+                os.kill(int(folder.name), signal.SIGKILL)
+                return 1
+        except (OSError, ValueError):
+            continue
+    return 0
