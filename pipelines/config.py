@@ -40,9 +40,16 @@ from diffusion_core.config import (
     Weighting,
 )
 
+# Environment variable of a job: the object whose appearance asks it to save and stop
+STOP_MARKER = "IMAGE_DIFFUSION_STOP"
+
 
 class PipelineError(Exception):
     """Something a user can mend; its text is one clear line that names the thing, what was found and what to do."""
+
+
+class AwayError(PipelineError):
+    """Something out of reach that may be back later, such as a store or a cluster; the same command goes on then."""
 
 
 class InterruptedRunError(PipelineError):
@@ -734,42 +741,6 @@ class CleanupConfig(Store):
         return self
 
 
-class PipelineOptions(Settings):
-    """What every flow of the whole pipeline has."""
-
-    train: TrainOptions = Field(TrainOptions(), description="training")
-    evaluate: EvaluateOptions = Field(EvaluateOptions(), description="evaluation")
-    promote: GateOptions = Field(GateOptions(), description="the gate before promotion")
-    generate: GenerateOptions = Field(GenerateOptions(), description="bulk generation")
-    cluster: Annotated[str | None, How()] = Field(
-        None, description="address of a Ray cluster's job server, http://HOST:8265"
-    )
-
-
-class PipelineConfig(PipelineOptions, IngestOptions, Place):
-    """Ingest pictures, train a model on them, evaluate it and generate with it."""
-
-
-class DemoEvaluateOptions(EvaluateOptions):
-    """What the demo measures: less, so that it ends soon."""
-
-    samples: int = Field(128, ge=2, description="pictures generated over all classes")
-    curve_samples: int = Field(16, ge=0, description="pictures by every sampler and number of steps; 0 for none")
-    curve_steps: list[Annotated[int, Field(ge=1, le=1000)]] = Field(
-        [5, 8, 18], min_length=1, description="denoiser calls a picture"
-    )
-    likelihood: int = Field(8, ge=0, description="held-out pictures whose bits per dimension are taken; 0 for none")
-    likelihood_steps: int = Field(8, ge=2, description="steps of the solver for it, four denoiser calls each")
-
-
-class DemoConfig(PipelineOptions, Place):
-    """Draw cartoons, then run the whole pipeline on them."""
-
-    evaluate: DemoEvaluateOptions = Field(DemoEvaluateOptions(), description="evaluation")
-    resolution: int = Field(32, ge=8, le=1024, description="height and width in pixels")
-    draw: DrawOptions = Field(DrawOptions(), description="cartoons")
-
-
 class Outcome(Settings):
     """What a stage hands on: the URI of its result, and whether it was there already."""
 
@@ -809,6 +780,11 @@ def _said(settings: Settings, kind: type[Settings]) -> list[str]:
 def ray_address() -> str | None:
     """Address of the Ray cluster that this process was started in (a Ray job's), or None."""
     return os.environ.get("RAY_ADDRESS")
+
+
+def stop_marker() -> str | None:
+    """URI of the object that asks this process to stop, where it is a job that somebody may cancel; else None."""
+    return os.environ.get(STOP_MARKER)
 
 
 def choose_ray_authentication() -> None:

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
@@ -18,6 +19,15 @@ from pipelines.model import read_file
 from pipelines.progress import duration
 
 _GAP = 2
+
+
+@dataclass(frozen=True)
+class Showing:
+    """What of a stage's result is worth a look: figures in words, pictures as PNGs, the address of its page."""
+
+    figures: dict[str, str]
+    pictures: dict[str, bytes]
+    page: str | None = None
 
 
 def grid(pictures: Pixels, columns: int) -> Pixels:

@@ -22,7 +22,7 @@ import fsspec
 import tenacity
 from fsspec import AbstractFileSystem
 
-from pipelines.config import PipelineError, absolute
+from pipelines.config import AwayError, PipelineError, absolute
 
 MANIFEST = "manifest.json"
 # What S3 answers to a create-if-absent write: there is an object, or another writer is at it.
@@ -50,6 +50,10 @@ Creation = Literal["created", "same", "other"]
 
 class StorageError(PipelineError):
     """An object that cannot be read or written, by its URI and the reason."""
+
+
+class StoreAwayError(StorageError, AwayError):
+    """An object that could not be reached for as long as that is tried; it may be later."""
 
 
 class NotFoundError(StorageError):
@@ -555,4 +559,5 @@ def _named(uri: str) -> Iterator[None]:
                 f"{uri}: no space left to write it; free some (du -sh on the store) and run the same command again"
             ) from error
         reason = getattr(error, "strerror", None) or str(error) or repr(error)
-        raise StorageError(f"{uri}: {type(error).__name__}: {reason.splitlines()[0]}") from error
+        kind = StoreAwayError if _is_transient(error) else StorageError
+        raise kind(f"{uri}: {type(error).__name__}: {reason.splitlines()[0]}") from error
