@@ -81,14 +81,14 @@ class RayCluster(Block):
     token: SecretStr | None = Field(None, description="Ray's token; default: the environment's RAY_AUTH_TOKEN")
 
 
-def stop_job(_flow: Flow[Any, Any], run: FlowRun, _state: State[Any]) -> None:
+def stop_job(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
     """When a run is cancelled: have the job that works for it save what it has done, and stop."""
     from pipelines.cluster import Job
     from pipelines.cluster import stop_job as stop
 
-    labels: dict[str, Any] = run.labels
+    labels: dict[str, Any] = flow_run.labels
     if _JOB in labels:
-        options = JobOptions.model_validate((run.parameters.get("config") or {}).get("job") or {})
+        options = JobOptions.model_validate((flow_run.parameters.get("config") or {}).get("job") or {})
         stop(cluster_at(labels[_CLUSTER], options), Job(labels[_JOB], labels[_MARKER]))
 
 
@@ -414,7 +414,7 @@ def cluster_at(place: str, options: JobOptions) -> Cluster:
 
 def label(where: FlowOptions | None, job: Any) -> None:
     """Note in the flow's run which job works for it, and leave a link to it."""
-    if where is None or where.cluster is None:
+    if where is None or not where.cluster:
         return
     labels = {_CLUSTER: where.cluster, _JOB: job.id, _MARKER: job.marker}
     with get_client(sync_client=True) as client:
@@ -447,7 +447,7 @@ def address(page: str, where: Any) -> str:
     from pipelines.storage import normalise
 
     store = normalise(getattr(where, "store", "")) if hasattr(where, "store") else ""
-    if where is None or where.pages is None or not store or not page.startswith(store):
+    if where is None or not where.pages or not store or not page.startswith(store):
         return f"`{page}`"
     return f"[{page.rsplit('/', 1)[1]}]({where.pages.rstrip('/')}{page[len(store) :]})"
 

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import queue
+import re
 import shlex
 import threading
 import time
@@ -23,7 +24,12 @@ from pipelines.config import STOP_MARKER, AwayError, InterruptedRunError, Pipeli
 from pipelines.flow_config import Cluster
 from pipelines.progress import print_line
 
-_LOUD = ("ray._private.runtime_env", "ray.dashboard.modules")
+_LOUD = (
+    "ray._private.runtime_env.packaging", "ray._private.runtime_env.working_dir", "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+)  # fmt: skip
+# Lines in a job's log that Ray wrote about itself
+_RAYS_OWN = re.compile(r"(core_worker\.cc|job_manager\.py):\d+")
 _LOOK_S = 1.0
 _LAST_LINES_S = 5.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 15.0
@@ -100,7 +106,8 @@ class Log:
         self.shown += len(new)
         *lines, self.part = (self.part + new).split("\n")
         for line in lines:
-            print_line(line)
+            if not _RAYS_OWN.search(line):
+                print_line(line)
 
 
 def run_job(name: str, config: Settings, cluster: Cluster, told: Callable[[Job], None]) -> None:
@@ -153,7 +160,7 @@ def connect(cluster: Cluster) -> Any:
     from ray.job_submission import JobSubmissionClient
 
     for loud in _LOUD:
-        logging.getLogger(loud).setLevel(logging.WARNING)
+        logging.getLogger(loud).setLevel(logging.ERROR)
     deadline, pause = time.monotonic() + cluster.job.wait, _FIRST_WAIT_S
     while True:
         try:

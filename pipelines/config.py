@@ -70,8 +70,10 @@ class First:
 def absolute(uri: str) -> str:
     """The URI that names the same thing from any folder: s3://bucket/key, or an absolute path. No slash at the end.
 
-    Raises ValueError on another kind of address.
+    Raises ValueError on another kind of address, and on none.
     """
+    if not uri:
+        raise ValueError("an empty address; give a path or s3://bucket/key")
     if "://" in uri and not uri.startswith(("s3://", "file://")):
         raise ValueError(f"{uri}: unknown kind of address; give a path or s3://bucket/key")
     if uri.startswith("s3://"):

@@ -54,16 +54,16 @@ class FlowOptions(Settings):
 
     cluster: Annotated[str | None, How()] = Field(
         None,
-        pattern=r"^(https?://\S+|block/[a-z0-9-]+)$",
+        pattern=r"^(https?://\S+|block/[a-z0-9-]+)?$",
         description="job server of a Ray cluster, http://HOST:8265, or block/NAME for a Prefect block of type "
         "ray-cluster; default: a Ray of the flow's own",
     )
     job: Annotated[JobOptions, How()] = Field(JobOptions(), description="jobs on the cluster")
     tensorboard: Annotated[str | None, How()] = Field(
-        None, pattern=r"^https?://\S+$", description="address of a TensorBoard over the store, for links"
+        None, pattern=r"^(https?://\S+)?$", description="address of a TensorBoard over the store, for links"
     )
     pages: Annotated[str | None, How()] = Field(
-        None, pattern=r"^https?://\S+$", description="address of a web server over the store, for links to its pages"
+        None, pattern=r"^(https?://\S+)?$", description="address of a web server over the store, for links to its pages"
     )
 
 
@@ -106,7 +106,7 @@ class DeployFlow(FlowOptions, ServeOptions, Place):
 
     @model_validator(mode="after")
     def _needs_cluster(self) -> Self:
-        if self.cluster is None:
+        if not self.cluster:
             raise ValueError("--cluster says where to; without a cluster, python -m pipelines serve serves here")
         return self
 
