@@ -69,6 +69,7 @@ AWAY = "Away"
 _CLUSTER, _JOB, _MARKER = "ray.cluster", "ray.job", "ray.stop"
 _LEASE_S = 60.0
 _PICTURES_BYTES = 2_000_000
+_WIDTH = 900  # of pictures in an artifact, pixels
 
 
 class RayCluster(Block):
@@ -200,11 +201,12 @@ def run_night(config: NightlyConfig, steps: "Steps") -> str:
     live = live_model(config.store, config.name)
     if live is None or is_news(dataset, live.uri):
         parent = {} if live is None else {"parent": live.uri}
+        if live is not None:  # measured on the same held-out pictures, so that the gate can compare
+            steps.make("evaluate", narrow(config.evaluate, EvaluateConfig, dataset=dataset, model=live.uri, **place))
         model = steps.make("train", narrow(config.train, TrainConfig, dataset=dataset, **parent, **place))
-        judging = narrow(config.evaluate, EvaluateConfig, dataset=dataset, model=model, **place)
-        if live is not None:  # so that both are measured on the same held-out pictures, and the gate can compare
-            steps.make("evaluate", judging.model_copy(update={"model": live.uri}))
-        evaluation = steps.make("evaluate", judging)
+        evaluation = steps.make(
+            "evaluate", narrow(config.evaluate, EvaluateConfig, dataset=dataset, model=model, **place)
+        )
         value_of(gate(promotion_of(config, model, evaluation), return_state=True))
     return steps.make("generate", config.order(default_model(config.store, config.name), night_of(config)))
 
@@ -426,7 +428,7 @@ def label(where: FlowOptions | None, job: Any) -> None:
 def leave_artifacts(name: str, uri: str, where: FlowOptions | None) -> None:
     """What of a stage's result is worth a look: a table of figures, the pictures, links."""
     from pipelines.jobs import show
-    from pipelines.report import data_uri
+    from pipelines.report import data_uri, enlarged
 
     shown = show(name, uri)
     if shown.figures:
@@ -434,9 +436,10 @@ def leave_artifacts(name: str, uri: str, where: FlowOptions | None) -> None:
         create_table_artifact(rows, key=f"{name}-figures", description=uri)
     lines, spent = [f"`{uri}`", *([f"Page: {address(shown.page, where)}"] if shown.page else [])], 0
     for title, png in shown.pictures.items():
-        spent += len(png)
+        shown_as = data_uri(enlarged(png, _WIDTH))
+        spent += len(shown_as)
         if spent < _PICTURES_BYTES:
-            lines.append(f"### {title}\n\n![{title}]({data_uri(png)})")
+            lines.append(f"### {title}\n\n![{title}]({shown_as})")
     create_markdown_artifact("\n\n".join(lines), key=f"{name}-pictures", description=uri)
     if name == "train" and where and where.tensorboard:
         create_link_artifact(where.tensorboard, link_text="TensorBoard", key="tensorboard", description=uri)

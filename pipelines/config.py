@@ -571,6 +571,7 @@ class ServeConfig(ServeOptions, Place):
         description="URI of a published model to keep to; default: what is live of --name in --store, also when that "
         "changes, else the newest",
     )
+    wait: Annotated[bool, How()] = Field(False, description="wait for a first model, where there is none yet")
     to: Annotated[str | None, How()] = Field(
         None, description="write the configuration for `serve deploy` or KubeRay to this file, and end"
     )

@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 import markupsafe
 import numpy as np
+from PIL import Image
 
 from pipelines import storage
 from pipelines.dataset import Rows
@@ -19,6 +20,7 @@ from pipelines.model import read_file
 from pipelines.progress import duration
 
 _GAP = 2
+_WORTH_IT = 2
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,18 @@ def inline(svg: bytes) -> markupsafe.Markup:
 def data_uri(png: bytes) -> str:
     """A picture as an address that holds it."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def enlarged(png: bytes, width: int) -> bytes:
+    """A picture with every pixel made a square of several, so that it is about `width` wide; a larger one as it is."""
+    with Image.open(io.BytesIO(png)) as picture:
+        times = width // picture.width
+        if times < _WORTH_IT:
+            return png
+        large = picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    large.save(buffer, "png")
+    return buffer.getvalue()
 
 
 def bytes_told(size: float) -> str:

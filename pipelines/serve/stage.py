@@ -5,6 +5,7 @@ import contextlib
 import signal
 import socket
 import threading
+import time
 from typing import Any
 
 import fastapi
@@ -13,7 +14,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from pipelines.config import Outcome, PipelineError, ServeConfig, to_values
+from pipelines.config import AwayError, Outcome, PipelineError, ServeConfig, to_values
 from pipelines.images import Pixels
 from pipelines.model import load_model
 from pipelines.requests import ImageRequest, Opened, opened_or_refused
@@ -24,13 +25,14 @@ from pipelines.serve.keys import KeyRing, read_keys
 from pipelines.serve.metrics import RequestMetrics
 from pipelines.serve.replica import EngineReplica, EngineSettings
 from pipelines.serve.scaling import LoadPolicy
-from pipelines.storage import normalise
+from pipelines.storage import StorageError, normalise
 from pipelines.worker import gpus_of_a_worker
 from pipelines.worker.loop import Order
 
 _ONGOING = 1024
 _LOOK_BACK_S = 15.0
 _HEALTH_S = 2.0
+_MISSED = 15
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 # What `serve deploy` reads: where the application is, and what it is given
 _IMPORT_PATH = "pipelines.serve:build"
@@ -202,6 +204,8 @@ def run(config: ServeConfig) -> Outcome:
     """Serve until interrupted; or write the configuration for `serve deploy`."""
     if config.to is not None:
         return _write(config, config.to)
+    if config.wait:
+        _wait_for_models(config)
     url = start(config)
     if config.host not in ("127.0.0.1", "localhost", "::1") and not config.key_file:
         print(f"serve: no --key-file: whoever reaches {config.host}:{config.port} may use it", flush=True)
@@ -209,10 +213,35 @@ def run(config: ServeConfig) -> Outcome:
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
-    stopped.wait()
+    while not stopped.wait(_HEALTH_S):
+        _check_answers(config.host, int(url.rsplit(":", 1)[1]), stopped)
     print("serve: stopping; what runs may end", flush=True)
     stop()
     return Outcome(uri=url, found=False)
+
+
+def _wait_for_models(config: ServeConfig) -> None:
+    """Wait until every model that is named has a version."""
+    for source in sources(config):
+        told = ""
+        while True:
+            try:
+                source.current()
+                break
+            except StorageError as error:
+                if str(error) != told:
+                    told = str(error)
+                    print(f"serve: waiting: {told}", flush=True)
+            time.sleep(config.watch)
+
+
+def _check_answers(host: str, port: int, stopped: threading.Event) -> None:
+    """Raise AwayError where nothing takes connections any more: the Ray that this service ran on is gone."""
+    for _ in range(_MISSED):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1" if host == "0.0.0.0" else host, port)) == 0 or stopped.wait(_HEALTH_S):
+                return
+    raise AwayError(f"{host}:{port}: the service is gone, and with it perhaps its Ray; start it again")
 
 
 def find(_: ServeConfig) -> None:
@@ -221,7 +250,9 @@ def find(_: ServeConfig) -> None:
 
 def deployed(config: ServeConfig) -> dict[str, Any]:
     """The configuration that `serve deploy` and KubeRay's serveConfigV2 take."""
-    arguments = {name: value for name, value in to_values(config).items() if name not in ("to", "host", "port", "app")}
+    arguments = {
+        name: value for name, value in to_values(config).items() if name not in ("to", "wait", "host", "port", "app")
+    }
     application_ = {"name": config.app, "route_prefix": "/", "import_path": _IMPORT_PATH, "args": arguments}
     return {
         "proxy_location": "EveryNode",
