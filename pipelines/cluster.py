@@ -59,13 +59,13 @@ class Log:
     shown: int = 0
     skip: int = 0
     part: str = ""
+    whole: bool = False
     came: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)
     thread: threading.Thread | None = None
 
     def print_new(self, wait: float) -> None:
         """Print the lines that have come, after waiting for some for up to `wait` seconds; opens the log if needed."""
-        if self.thread is None or not self.thread.is_alive():
-            self._open()
+        self._open_if_broken()
         deadline = time.monotonic() + wait
         while (left := deadline - time.monotonic()) > 0:
             with contextlib.suppress(queue.Empty):
@@ -74,17 +74,17 @@ class Log:
     def print_rest(self) -> None:
         """Print what is left of the log of a job that has ended."""
         deadline = time.monotonic() + _LAST_LINES_S
-        while self.thread is not None and self.thread.is_alive() and time.monotonic() < deadline:
+        while not self.whole and time.monotonic() < deadline:
             self.print_new(_LOOK_S / 4)
-        while not self.came.empty():
-            self._take(self.came.get())
+        self._take_all()
         if self.part:
             print_line(self.part)
 
-    def _open(self) -> None:
+    def _open_if_broken(self) -> None:
         """Read in a thread; what was printed before the way broke is skipped, for the log begins at its beginning."""
-        while not self.came.empty():
-            self._take(self.came.get())
+        if self.whole or (self.thread is not None and self.thread.is_alive()):
+            return
+        self._take_all()
         self.skip = self.shown
         self.thread = threading.Thread(target=self._read, name="job-log", daemon=True)
         self.thread.start()
@@ -95,10 +95,15 @@ class Log:
         async def read() -> None:
             async for some in self.client.tail_job_logs(self.job):
                 self.came.put(some)
+            self.whole = True
 
         # What is wrong is told by the job's status, which is asked for beside.
         with contextlib.suppress(RuntimeError, OSError, aiohttp.ClientError):
             asyncio.run(read())
+
+    def _take_all(self) -> None:
+        while not self.came.empty():
+            self._take(self.came.get())
 
     def _take(self, some: str) -> None:
         new = some[self.skip :]
