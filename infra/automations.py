@@ -58,11 +58,16 @@ def put(automation: AutomationCore) -> None:
     print(f"automation {automation.name}: in place", flush=True)
 
 
+def flags() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python infra/automations.py", description="Automations on a Prefect server.")
+    parser.add_argument("--webhook", help="address to post to when a run fails or crashes")
+    return parser
+
+
 def main(arguments: list[str]) -> int:
     """Put the automations onto the server that Prefect's settings name."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--webhook", help="address to post to when a run fails or crashes")
-    webhook = parser.parse_args(arguments).webhook
+    webhook = flags().parse_args(arguments).webhook
     put(zombies())
     if webhook:
         put(failures(webhook))

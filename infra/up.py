@@ -161,7 +161,10 @@ def start(options: argparse.Namespace, home: Path) -> None:
     make_token(home / "ray-token")
     shared = {**os.environ, **environment(options, home, ports)}
     # The service joins the Ray cluster; the flows must not, for they submit jobs to it.
-    more = {"service": {"environment": f'RAY_ADDRESS="127.0.0.1:{ports["gcs"]}"'}}
+    more = {
+        "service": {"environment": f'RAY_ADDRESS="127.0.0.1:{ports["gcs"]}"'},
+        "worker": {"autostart": "false"},  # once there is a server: it listens to it only if it can at its start
+    }
     path = supervisor_file(home, programs(options, home, ports), more)
     subprocess.run([str(BIN / "supervisord"), "-c", str(path)], env=shared, cwd=ROOT, check=True)
     try:
@@ -170,6 +173,7 @@ def start(options: argparse.Namespace, home: Path) -> None:
         wait_for("Prefect", f"{shared['PREFECT_API_URL']}/health", home, "prefect")
         wait_for("Ray", f"{shared['CLUSTER']}/api/version", home, "ray", token=(home / "ray-token").read_text())
         deploy(options, shared, home)
+        control(home, "start", "worker")
     except UpError:
         stop(home)
         raise
@@ -244,11 +248,16 @@ def is_up(home: Path) -> bool:
     return True
 
 
+def control(home: Path, *words: str) -> None:
+    """Tell the supervisor something; what it answers is printed."""
+    subprocess.run([str(BIN / "supervisorctl"), "-c", str(home / "supervisord.conf"), *words], check=False)
+
+
 def status(home: Path) -> None:
     """Print what runs. Raises UpError where nothing does."""
     if not is_up(home):
         raise UpError(f"{home}: nothing runs; make up starts it")
-    subprocess.run([str(BIN / "supervisorctl"), "-c", str(home / "supervisord.conf"), "status"], check=False)
+    control(home, "status")
 
 
 def stop(home: Path) -> None:
@@ -256,7 +265,7 @@ def stop(home: Path) -> None:
     if not is_up(home):
         print(f"{home}: nothing runs")
         return
-    subprocess.run([str(BIN / "supervisorctl"), "-c", str(home / "supervisord.conf"), "shutdown"], check=False)
+    control(home, "shutdown")
     deadline = time.monotonic() + _STOP_S
     while is_up(home):
         if time.monotonic() > deadline:

@@ -36,7 +36,7 @@ def artifacts(home):
     """What the flows of a Prefect home left to look at: the last data of every key."""
     with contextlib.closing(sqlite3.connect(home / "prefect.db")) as base:
         rows = base.execute("select key, data from artifact where key is not null order by created").fetchall()
-    return {key: json.loads(data) for key, data in rows}
+    return {key: json.loads(str(data)) for key, data in rows}
 
 
 @pytest.mark.timeout(600)

@@ -1,5 +1,6 @@
 """A stage as a command in a session of its own: started, waited for, killed in part or as a whole."""
 
+import contextlib
 import os
 import re
 import signal
@@ -47,3 +48,15 @@ def kill_one(session, title):
         except (OSError, ValueError):
             continue
     return 0
+
+
+def family(pid):
+    """A process and all that it started, and those started, as far as they are still its own."""
+    parents = {}
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    found = [pid]
+    for each in found:
+        found += [child for child, parent in parents.items() if parent == each]
+    return found
