@@ -5,6 +5,7 @@ import io
 import json
 import tarfile
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,10 +15,12 @@ import pytest
 from PIL import Image
 
 from pipelines import bulk, storage
+from pipelines.bulk.bill import Bill
 from pipelines.bulk.engine import Shared
 from pipelines.bulk.inputs import Rejection
 from pipelines.bulk.numerics import pin
-from pipelines.bulk.plan import job_uri
+from pipelines.bulk.plan import job_uri, plan_job
+from pipelines.bulk.stage import Done
 from pipelines.config import GenerateCommand, GenerateConfig, PipelineError, TraceConfig, VerifyConfig, parse
 from pipelines.image_sets import rejected_of, rows_of
 from pipelines.images import from_png, to_png
@@ -372,3 +375,32 @@ def test_an_engine_that_breaks_tells_all_who_wait_and_goes_on_for_the_next(tiny_
         shared.paint([ImageRequest(seed=1, steps=2)])
     (end,) = shared.paint([ImageRequest(seed=1, steps=2)]).ends
     assert (end == expected).all()
+
+
+def test_the_drivers_memory_does_not_grow_with_the_table(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setattr("pipelines.bulk.plan._ROWS_IN_PART", 256)
+    peaks = []
+    for rows in (1_500, 4_500):
+        table = csv_of(tmp_path / f"{rows}.csv", ["class", "order"], [["cat", f"{row:01000}"] for row in range(rows)])
+        job = config(tmp_path, tiny_model, table=table, carry=["order"], shard_size=64)
+        tracemalloc.start()
+        assert plan_job(job, job_uri(job)).rows == rows
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 300_000  # the 3,000 rows more are 3 MB of text
+
+
+def test_a_shard_that_is_done_is_kept_in_few_bytes():
+    profile = {"device": "cpu", "torch": "2.13.0", "precision": "float32"}
+    record = {"part": {"name": "", "numerics": profile}, "spent": {"pictures": 1, "calls": 2, "seconds": 1, "bytes": 3}}
+    done = Done(Bill())
+    tracemalloc.start()
+    for shard in range(1000):
+        told = json.loads(json.dumps(record))
+        told["part"] |= {"name": f"part-{shard:05}-0123456789ab.parquet", "sha256": f"{shard:064}", "bytes": 9999}
+        done.add(shard, told)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held / 1000 < 1000
+    assert (done.bill.pictures, done.bill.calls, len(done.parts)) == (1000, 2000, 1000)
+    assert done.parts[999]["numerics"] == profile
