@@ -182,7 +182,7 @@ def create_bytes(uri: str, data: bytes) -> Creation:
 
 def to_json(value: Any) -> bytes:
     """The JSON text that is stored: sorted keys, indented, so that equal values have equal bytes."""
-    text = io.StringIO()  # a manifest may name millions of parts, and json.dumps would hold a string for each word of it
+    text = io.StringIO()  # json.dumps would hold each word as a string of its own, and manifests grow long
     json.dump(value, text, indent=2, sort_keys=True, ensure_ascii=False)
     return (text.getvalue() + "\n").encode()
 

@@ -359,6 +359,34 @@ def test_rows_that_come_while_others_are_made_share_their_ticks_and_every_row_ge
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_while_a_shard_is_made_the_next_one_has_no_more_than_the_places_that_it_leaves_free(tiny_model):
+    worker = Worker(load_model(tiny_model), lanes=8, threads=1)
+    worker.engine = engine = Counting(worker.engine)
+    shared, own, others = Shared(worker), range(1, 11), range(11, 31)  # tickets
+    begun, count = [], engine.tick
+
+    def is_begun(ticket):
+        try:
+            return engine.progress(ticket).done > 0
+        except KeyError:
+            return True
+
+    def tick():
+        ended = count()
+        if any(end.ticket in own for end in ended):
+            begun.append(sum(map(is_begun, others)))
+        return ended
+
+    engine.tick = tick
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(shared.paint, [ImageRequest(seed=row, steps=50) for row in own])
+        assert engine.begun.wait(60)
+        pool.submit(shared.paint, [ImageRequest(seed=row, steps=50) for row in others]).result()
+        first.result()
+    assert begun == [0, 6]  # its own ten rows took all eight places, and then two
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_an_engine_that_breaks_tells_all_who_wait_and_goes_on_for_the_next(tiny_model):
     worker = Worker(load_model(tiny_model), lanes=8, threads=1)
     (expected,) = worker.paint([ImageRequest(seed=1, steps=2)])

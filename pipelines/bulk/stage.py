@@ -54,7 +54,7 @@ def run(config: GenerateConfig) -> Outcome:
 
 @dataclass
 class Done:
-    """What is done of a job: of each shard its entry in the manifest and no more, as there may be millions; the bill."""
+    """What is done of a job: the bill, and of each shard its entry in the manifest alone, as there may be millions."""
 
     bill: Bill
     parts: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -130,7 +130,8 @@ def _summary(job: Job, manifest: dict[str, Any], bill: Bill) -> Iterator[str]:
 
 def _kept(job: Job, done: Done) -> str:
     """What there is to go on from."""
-    return f"{len(done.parts)} of {job.shards} shards are done and kept at {job.uri}; give the same command again to go on"
+    count = f"{len(done.parts)} of {job.shards} shards"
+    return f"{count} are done and kept at {job.uri}; give the same command again to go on"
 
 
 def _told_found(job: Job) -> Outcome:
