@@ -1,6 +1,7 @@
 """Progress of long work: a bar, a rate, the time left, the figures of the moment; and tables of what came out."""
 
 import contextlib
+import re
 import sys
 import threading
 import time
@@ -58,6 +59,12 @@ class Progress:
         left = (self.total - self.done) / rate if rate > 0 else 0.0
         parts = [f"{self.what} [{bar}] {self.done}/{self.total} {self.unit}", f"{rate * scale:.1f} {unit}/s"]
         return "  ".join([*parts, *([figures] if figures else []), f"ETA {duration(left)}"])
+
+
+def counts_of(line: str) -> tuple[int, int] | None:
+    """What is done and the total, of a line that `Progress` printed; None of any other."""
+    found = re.match(r"\w+ \[[#-]+\] (\d+)/(\d+) ", line)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def aligned(rows: list[list[str]], left: Container[int] = (0,)) -> list[str]:
