@@ -427,6 +427,9 @@ class GenerateConfig(GenerateOptions, EngineOptions, Place):
         None, description="a request a row: .parquet, .csv, .tsv or .jsonl, on disk or s3://"
     )
     app: Annotated[str, How()] = Field("images", description="Ray Serve application to send rows to, with --via serve")
+    addresses: Annotated[bool, How()] = Field(
+        True, description="a table may name pictures by address; else they stand in it as bytes"
+    )
 
     @model_validator(mode="after")
     def _one_origin_of_rows(self) -> Self:
@@ -534,11 +537,29 @@ class ServeOptions(EngineOptions):
     max_body: Annotated[ByteSize, How()] = Field(
         ByteSize(32 * 2**20), gt=0, description="bytes of a request at most, as 32MiB"
     )
+    batches: Annotated[int, How()] = Field(
+        2, ge=0, description="batches (POST /v1/batches) that are made at once; 0 takes none"
+    )
+    max_file: Annotated[ByteSize, How()] = Field(
+        ByteSize(64 * 2**20), gt=0, description="bytes of a table that is uploaded for a batch at most"
+    )
+    callback: Annotated[list[str], How()] = Field(
+        [], description="beginning of addresses that a batch may have called at its end, as https://example.org/"
+    )
+    max_rows: Annotated[int, How()] = Field(1_000_000, ge=1, description="rows of such a table at most")
     max_pixels: Annotated[int, How()] = Field(16_000_000, ge=1, description="pixels of a picture to edit at most")
     max_pictures: Annotated[int, How()] = Field(64, ge=1, description="pictures of a request at most")
     origin: Annotated[list[str], How()] = Field(
         [], description="web origin whose pages may call the service (CORS), as https://example.org; again for more"
     )
+
+    @field_validator("callback")
+    @classmethod
+    def _whole_hosts(cls, value: list[str]) -> list[str]:
+        for entry in value:
+            if not re.match(r"https?://[^/@?#\\s]+/", entry):
+                raise ValueError(f"{entry!r}: need a whole host and a slash, as https://example.org/")
+        return value
 
     @field_validator("also")
     @classmethod

@@ -85,6 +85,12 @@ class Progress:
         return "  ".join([*parts, *([figures] if figures else []), f"ETA {duration(left)}"])
 
 
+def counts_of(line: str) -> tuple[int, int] | None:
+    """What is done and the total, of a line that `Progress` printed; None of any other."""
+    found = re.match(r"\w+ \[[#-]+\] (\d+)/(\d+) ", line)
+    return (int(found[1]), int(found[2])) if found else None
+
+
 def aligned(rows: list[list[str]], left: Container[int] = (0,)) -> list[str]:
     """Rows of a table as lines with columns under one another, those of the numbers `left` to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import threading
@@ -9,6 +10,7 @@ import time
 from typing import Any
 
 import fastapi
+import ray
 import yaml
 from ray import serve
 from ray.exceptions import RayError
@@ -19,12 +21,16 @@ from pipelines.images import Pixels
 from pipelines.model import load_model
 from pipelines.requests import ImageRequest, Opened, opened_or_refused
 from pipelines.serve.api import Service, create_api
+from pipelines.serve.batch_api import Desk
+from pipelines.serve.batches import Batches
 from pipelines.serve.catalogue import Catalogue, Source, Version, open_version, sources
 from pipelines.serve.dispatch import Dispatcher, pictures, through_serve
 from pipelines.serve.keys import KeyRing, read_keys
 from pipelines.serve.metrics import RequestMetrics
 from pipelines.serve.replica import EngineReplica, EngineSettings
+from pipelines.serve.runner import Runner
 from pipelines.serve.scaling import LoadPolicy
+from pipelines.serve.uploads import Uploads
 from pipelines.storage import StorageError, normalise
 from pipelines.worker import gpus_of_a_worker
 from pipelines.worker.loop import Order
@@ -51,10 +57,14 @@ class Ingress:
         metrics = RequestMetrics()
         dispatcher = Dispatcher(through_serve(engines), config.retries, metrics.retry)
         ring = KeyRing(read_keys(config.key_file) if config.key_file else [], config.ingress_replicas)
-        self.service = Service(config, Catalogue(sources(config), self._prepare), dispatcher, ring, metrics)
+        catalogue, batches = Catalogue(sources(config), self._prepare), Batches(normalise(config.store))
+        uploads, app = Uploads(batches.store, config.max_rows), serve.get_replica_context().app_name
+        desk = Desk(uploads, batches, catalogue, app, config.callback) if config.batches else None
+        self.service = Service(config, catalogue, dispatcher, ring, metrics, desk)
         self._others: dict[str, Version] = {}
-        await self.service.catalogue.refresh()
-        self._watching = asyncio.create_task(self.service.catalogue.watch(config.watch))
+        await catalogue.refresh()
+        runner = Runner(batches, config.batches, config.watch, _environment(), _leads)
+        self._watching = [asyncio.create_task(each) for each in (catalogue.watch(config.watch), runner.watch())]
 
     def __serve_build_asgi_app__(self) -> fastapi.FastAPI:
         return create_api(self.service)
@@ -77,6 +87,10 @@ class Ingress:
                 at, each = part[end.place]
                 found[at] = each.answer(end.pixels) if end.pixels is not None else str(end.error)
         return [found[at] for at in range(len(requests))]
+
+    async def is_there(self) -> bool:
+        """Says so, whatever the engines do."""
+        return True
 
     async def describe_model(self, model: str) -> dict[str, Any]:
         """What the version at the URI `model` is, and the numerics profile of an engine that has it."""
@@ -123,6 +137,16 @@ class Ingress:
             return str(error)
         except (RayError, RayServeException) as error:
             return f"{version.uri}: the engine that should load it died ({type(error).__name__})"
+
+
+def _leads() -> bool:
+    """Whether this is the one of the ingresses that has batches made."""
+    return bool(serve.get_replica_context().rank.rank == 0)
+
+
+def _environment() -> dict[str, str]:
+    """The environment of a command that is to be part of this Ray."""
+    return {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
 
 
 def build(arguments: dict[str, Any]) -> Any:
