@@ -97,9 +97,9 @@ def test_every_field_and_metric_of_the_service_is_explained():
     page = (ROOT / "docs/call-the-service.md").read_text() + (ROOT / "docs/python.md").read_text()
     for body in (GenerationBody, EditForm, DenoiseForm, VariationForm):
         assert [name for name in body.model_fields if f"`{name}`" not in page] == []
-    metrics = set(re.findall(r'"(diffusion_\w+)"', (ROOT / "pipelines/serve/metrics.py").read_text()))
-    page = (ROOT / "docs/service.md").read_text()
-    assert metrics == set(re.findall(r"`(diffusion_\w+)`", page))
+    for stage, page in (("serve", "service"), ("train", "cluster-training"), ("bulk", "bulk")):
+        metrics = set(re.findall(r'"(diffusion_\w+)"', (ROOT / f"pipelines/{stage}/metrics.py").read_text()))
+        assert metrics == set(re.findall(r"`(diffusion_\w+)`", (ROOT / f"docs/{page}.md").read_text()))
 
 
 def test_options_shown_for_python_are_all_that_there_are_with_their_defaults():

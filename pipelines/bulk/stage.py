@@ -7,6 +7,7 @@ from typing import Any
 from pipelines import __version__, storage
 from pipelines.bulk.bill import Bill, bill_of
 from pipelines.bulk.job import STAGING, Job
+from pipelines.bulk.metrics import BulkMetrics
 from pipelines.bulk.page import PAGE, write_page
 from pipelines.bulk.painting import Made, through_actors
 from pipelines.bulk.plan import job_uri, plan_job
@@ -54,13 +55,15 @@ def run(config: GenerateConfig) -> Outcome:
 
 def _make(job: Job, records: dict[int, Record]) -> Bill:
     """Add the records of the shards that are missing to those that are there; what all of them cost."""
-    bill = bill_of(records.values(), job.config.price)
+    bill, metrics = bill_of(records.values(), job.config.price), BulkMetrics(job.config.name)
     progress = Progress("generate", job.rows, "rows" if job.table else "pictures", done=bill.rows)
     _check_rejected(job, bill)
+    metrics.tell(bill, job.rows)
     missing = [shard for shard in range(job.shards) if shard not in records]
     for shard, record in _PAINT[job.config.via](job, missing):
         records[shard] = record
         bill.add(record)
+        metrics.tell(bill, job.rows)
         progress.update(bill.rows, bill.figures(job.rows))
         _check_rejected(job, bill)
     return bill
