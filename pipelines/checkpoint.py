@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -63,6 +64,7 @@ class Writer:
         # From a GPU into pinned memory, kept from one checkpoint to the next: several times as fast.
         self.stager = BlockingAsyncStager(cache_staged_state_dict=ranks.device.type == "cuda")
         self.pending: Future[None] | None = None
+        self.seconds = 0.0  # that the last checkpoint took on its way to the store
 
     def __enter__(self) -> "Writer":
         """Nothing to open."""
@@ -90,7 +92,7 @@ class Writer:
             self.wait()
 
     def _write(self, step: int, staged: dict[str, Any], record: dict[str, Any], best: int | None) -> None:
-        folder = _folder(self.run, step)
+        folder, began = _folder(self.run, step), time.monotonic()
         with tempfile.TemporaryDirectory(prefix="checkpoint-") as scratch, _scratch_named(scratch):
             save(
                 staged, storage_writer=FileSystemWriter(scratch, sync_files=False),
@@ -107,6 +109,7 @@ class Writer:
             known = steps(self.run)
             for old in sorted(set(known) - self.retention.keeps(known, best)):
                 storage.remove_folder(_folder(self.run, old))
+        self.seconds = time.monotonic() - began
 
     def _gathered(self, own: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """What all ranks wrote, on rank 0."""

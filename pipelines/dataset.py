@@ -107,22 +107,15 @@ class Dataset:
             for split, shards in self.manifest["shards"].items()
         }
 
-    def row_groups(self, split: str) -> list["RowGroup"]:
-        """The row groups of a split in storage order. Raises PipelineError on an unknown split."""
+    def layout(self, split: str) -> "Layout":
+        """How a split's rows lie in shards and row groups. Raises PipelineError on an unknown split."""
         if split not in self.manifest["shards"]:
             raise PipelineError(f"{self.uri}: no split {split!r}; there are {', '.join(self.manifest['shards'])}")
-        groups: list[RowGroup] = []
-        first = 0
-        for place, shard in enumerate(self.manifest["shards"][split]):
-            for number, start in enumerate(range(0, shard["rows"], self.row_group)):
-                rows = min(self.row_group, shard["rows"] - start)
-                groups.append(RowGroup(place, number, first, rows))
-                first += rows
-        return groups
+        return Layout(self.row_group, tuple(shard["rows"] for shard in self.manifest["shards"][split]))
 
     def rows(self, split: str) -> int:
         """Number of pictures in a split."""
-        return sum(group.rows for group in self.row_groups(split))
+        return sum(self.layout(split).shards)
 
     def read_group(self, split: str, group: "RowGroup") -> Rows:
         """Decode one row group. Raises StorageError where the shard is not what the manifest promised."""
@@ -136,8 +129,8 @@ class Dataset:
 
     def read(self, split: str, limit: int | None = None) -> Rows:
         """The first `limit` pictures of a split (default: all) in storage order."""
-        parts, count = [], 0
-        for group in self.row_groups(split):
+        parts, count, layout = [], 0, self.layout(split)
+        for group in map(layout.group, range(len(_groups(layout)[0]))):
             if limit is not None and count >= limit:
                 break
             parts.append(self.read_group(split, group))
@@ -154,6 +147,22 @@ class RowGroup(NamedTuple):
     number: int
     first: int
     rows: int
+
+
+class Layout(NamedTuple):
+    """How a split's rows lie: rows in every row group of a shard but its last, and the rows of each shard."""
+
+    row_group: int
+    shards: tuple[int, ...]
+
+    def group(self, number: int) -> RowGroup:
+        """A row group of the split by its number in storage order."""
+        firsts, sizes = _groups(self)
+        ends = np.cumsum(self.shards)
+        place = int(np.searchsorted(ends, firsts[number], side="right"))
+        first = int(firsts[number])
+        begun = int(ends[place]) - self.shards[place]
+        return RowGroup(place, (first - begun) // self.row_group, first, int(sizes[number]))
 
 
 def open_dataset(uri: str) -> Dataset:
@@ -214,19 +223,19 @@ class SampleStream:
             )
         if self.batches_per_epoch < 1:
             raise PipelineError(
-                f"{self.dataset.uri}: {self.dataset.rows(self.split)} pictures in split {self.split!r} do not fill one "
+                f"{self.dataset.uri}: {sum(self.layout.shards)} pictures in split {self.split!r} do not fill one "
                 f"global batch of {self.global_batch_size}; lower global_batch_size or add pictures"
             )
 
     @functools.cached_property
-    def groups(self) -> tuple["RowGroup", ...]:
-        """The split's row groups in storage order."""
-        return tuple(self.dataset.row_groups(self.split))
+    def layout(self) -> "Layout":
+        """How the split's rows lie in shards and row groups."""
+        return self.dataset.layout(self.split)
 
     @functools.cached_property
     def batches_per_epoch(self) -> int:
         """Global batches in an epoch."""
-        return sum(group.rows for group in self.groups) // self.global_batch_size
+        return sum(self.layout.shards) // self.global_batch_size
 
     @property
     def window(self) -> int:
@@ -279,23 +288,23 @@ class SampleStream:
     def window_rows(self, window: "Window") -> NDArray[np.int64]:
         """Row numbers of a window, in reading order."""
         epoch, stream, number = window
-        order, ends = _epoch_order(self.groups, self.seed, epoch)
+        order, ends = _epoch_order(self.layout, self.seed, epoch)
         total, length = int(ends[-1]), self.batches_per_epoch * self.share
         # The list is turned by a seeded amount, so that what falls off its end is not always from the same places.
         turn = int(np.random.default_rng([self.seed, epoch, self.streams]).integers(total))
         first, last = number * self.window, min((number + 1) * self.window, length)
         place = (stream * length + np.arange(first, last) - turn) % total
         at = np.searchsorted(ends, place, side="right")
-        firsts, sizes = (np.array([group[field] for group in self.groups])[order] for field in (2, 3))
-        rows = firsts[at] + place - (ends - sizes)[at]
+        firsts, sizes = _groups(self.layout)
+        rows = firsts[order[at]] + place - (ends[at] - sizes[order[at]])
         return np.random.default_rng([self.seed, epoch, stream, number, 1]).permutation(rows)
 
     def read_window(self, window: "Window") -> Rows:
         """The pictures of a window, in reading order; every row group that it touches is read once."""
         rows = self.window_rows(window)
-        firsts = np.array([group.first for group in self.groups])
+        firsts, _ = _groups(self.layout)
         numbers = np.searchsorted(firsts, rows, side="right") - 1
-        read = {n: self.dataset.read_group(self.split, self.groups[n]) for n in sorted(set(numbers.tolist()))}
+        read = {n: self.dataset.read_group(self.split, self.layout.group(n)) for n in sorted(set(numbers.tolist()))}
         picked = [(read[n], int(row) - int(firsts[n])) for n, row in zip(numbers.tolist(), rows, strict=True)]
         return Rows(
             np.stack([group.pixels[at] for group, at in picked]),
@@ -361,7 +370,18 @@ def _joined(parts: Sequence[Rows]) -> Rows:
 
 
 @functools.lru_cache(maxsize=4)
-def _epoch_order(groups: tuple[RowGroup, ...], seed: int, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _groups(layout: Layout) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Number of the first row of each row group, and its rows; as arrays, since a dataset may have millions of them."""
+    shards = np.array(layout.shards, dtype=np.int64)
+    counts = -(-shards // layout.row_group)
+    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    firsts = np.repeat(np.cumsum(shards) - shards, counts) + number * layout.row_group
+    return firsts, np.minimum(np.repeat(shards, counts) - number * layout.row_group, layout.row_group)
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_order(layout: Layout, seed: int, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The order of the row groups in an epoch, and where each ends in the list of rows that they make."""
-    order = np.random.default_rng([seed, epoch]).permutation(len(groups))
-    return order, np.cumsum([groups[number].rows for number in order])
+    _, sizes = _groups(layout)
+    order = np.random.default_rng([seed, epoch]).permutation(len(sizes))
+    return order, np.cumsum(sizes[order])

@@ -256,25 +256,36 @@ def test_who_hangs_up_at_the_proxy_frees_the_engine(url, client):
     assert time.monotonic() - began < 20, "64,000 calls would take minutes"
 
 
-def test_every_metric_of_the_dashboard_is_exported(client, ray_session):
+def test_every_metric_of_the_dashboards_is_exported(client, ray_session):
     import ray
+
+    from pipelines.bulk.bill import Bill
+    from pipelines.bulk.metrics import BulkMetrics
+    from pipelines.train.metrics import _METRICS, TrainMetrics
 
     body = {"steps": 3, "stream": True, "partial_images": 1}
     assert client.post("/v1/images/generations", json=body).status_code == 200
     assert client.post("/v1/images/generations", json={"n": 64, "steps": 900, "timeout": 0.01}).status_code == 504
-    dashboard = (ROOT / "infra/grafana/serving.json").read_text()
+    TrainMetrics("told").tell(dict.fromkeys(_METRICS, 0.25))
+    BulkMetrics("told").tell(Bill(pictures=40, rejected=2, calls=720, seconds=9.5, bytes=12), 100)
+    names = ("serving", "training", "bulk")
+    dashboards = [(ROOT / f"infra/grafana/{name}.json").read_text() for name in names]
+    pages = [(ROOT / f"docs/{name}.md").read_text() for name in ("load", "cluster-training", "bulk")]
     # Tries after a death come with the first death: there is none here
-    wanted = set(re.findall(r"ray_diffusion_\w+", dashboard)) - {"ray_diffusion_retries_total"}
-    assert {"ray_diffusion_pictures_total", "ray_diffusion_tick_seconds_bucket"} <= wanted
+    wanted = set(re.findall(r"ray_diffusion_\w+", "".join(dashboards))) - {"ray_diffusion_retries_total"}
+    assert {"ray_diffusion_pictures_total", "ray_diffusion_tick_seconds_bucket", "ray_diffusion_train_loss"} <= wanted
     (node,) = ray.nodes()
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     end = time.monotonic() + 60
     while wanted - set(re.findall(r"^(ray_diffusion_\w+)", httpx.get(address).text, flags=re.M)):
         assert time.monotonic() < end, wanted
         time.sleep(0.5)
-    page = (ROOT / "docs/load.md").read_text()
-    for panel in json.loads(dashboard)["panels"]:
-        assert f"| {panel['title']} |" in page
+    told = dict(re.findall(r'^(ray_diffusion_bulk_\w+){.*job="told".*} (\S+)$', httpx.get(address).text, flags=re.M))
+    rows = ("done", "left", "rejected")
+    assert [float(told[f"ray_diffusion_bulk_rows_{name}"]) for name in rows] == [42, 58, 2]
+    for dashboard, page in zip(dashboards, pages, strict=True):
+        for panel in json.loads(dashboard)["panels"]:
+            assert f"| {panel['title']} |" in page
 
 
 def test_the_written_configuration_is_the_same_application_and_a_typo_in_it_is_an_error(url, tmp_path, store):

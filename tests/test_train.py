@@ -436,6 +436,18 @@ def test_tensorboard_shows_every_figure_once_though_the_run_was_stopped(tmp_path
     assert (tmp_path / folder_of(run) / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_prometheus_is_told_every_figure_that_it_has_a_name_for(tmp_path, tiny_dataset):
+    from pipelines.train.metrics import _METRICS
+
+    told = {}
+    run = config(tmp_path, tiny_dataset, steps=20, validate_every=10, checkpoint_every=5)
+    train.train_on_rank(run, host=train.Host(emit=lambda _: None, figures=told.update))
+    assert _METRICS.keys() <= told.keys()
+    assert (told["step"], told["steps left"]) == (20, 0)
+    assert told["loss"] == curves(run)["curve"][-1][1]
+    assert told["checkpoint seconds"] > 0
+
+
 def test_mlflow_hears_the_figures_by_setting(tmp_path, tiny_dataset, monkeypatch):
     from mlflow import MlflowClient
 

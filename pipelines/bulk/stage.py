@@ -8,6 +8,7 @@ from typing import Any
 from pipelines import __version__, storage
 from pipelines.bulk.bill import Bill
 from pipelines.bulk.job import STAGING, Job
+from pipelines.bulk.metrics import BulkMetrics
 from pipelines.bulk.page import PAGE, write_page
 from pipelines.bulk.painting import Made, through_actors
 from pipelines.bulk.plan import job_uri, plan_job
@@ -73,12 +74,14 @@ def _make(job: Job, done: Done) -> None:
     """Find what earlier runs made, and make the shards that are missing."""
     for shard, record in committed(job.uri):
         done.add(shard, record)
-    bill = done.bill
+    bill, metrics = done.bill, BulkMetrics(job.config.name)
     progress = Progress("generate", job.rows, "rows" if job.table else "pictures", done=bill.rows)
     _check_rejected(job, bill)
+    metrics.tell(bill, job.rows)
     missing = [shard for shard in range(job.shards) if shard not in done.parts]
     for shard, record in _PAINT[job.config.via](job, missing):
         done.add(shard, record)
+        metrics.tell(bill, job.rows)
         progress.update(bill.rows, bill.figures(job.rows))
         _check_rejected(job, bill)
 

@@ -143,8 +143,10 @@ def _log(session: Session, norm: float, progress: Progress) -> None:
             "learning rate": learning_rate(step - 1, session.settings), "data wait share": waiting,
             "memory bytes": float(memory_bytes(session.ranks)), **level_scalars(levels),
             **utilisation(session.state.denoiser.config.unet, session.ranks, rate),
+            "checkpoint seconds": session.writer.seconds,
         }  # fmt: skip
-        session.events.scalars(scalars, step)
+        session.show(scalars)
+        session.host.figures({"step": float(step), "steps left": float(config.steps - step)})
         figures = f"loss {record.latest:.4f}  data wait {waiting:.1%}"
         progress.update(step, figures, config.global_batch_size, "pictures")
     session.watch = Watch()
@@ -160,7 +162,7 @@ def _validate(session: Session) -> None:
     weights = whole(session.state.ema[0])
     if session.events:
         if session.record.validation:
-            session.events.scalars(validation_scalars(session.record.validation[-1]), session.state.step)
+            session.show(validation_scalars(session.record.validation[-1]))
         session.events.picture("samples", draw(session, weights), session.state.step)
         session.events.keep(session.state.step, session.record)
     session.watch = Watch()

@@ -33,6 +33,8 @@ def _nothing(_: dict[str, Any]) -> None:
 class Host:
     """What surrounds a rank: where its lines and figures go, whether it is to stop, and whether a node will go.
 
+    `figures` takes what is watched, by the names that TensorBoard shows, from rank 0 alone.
+
     `asked` is read by rank 0 in every step. `notice` is called by all ranks together, every few seconds, and is true
     when a node is newly about to be taken away. With `read_ahead` Ray Data reads in other processes.
     """
@@ -41,6 +43,7 @@ class Host:
     asked: Callable[[], bool] = bool
     notice: Callable[[], bool] = bool
     report: Callable[[dict[str, Any]], None] = _nothing
+    figures: Callable[[dict[str, float]], None] = _nothing
     read_ahead: bool = False
 
 
@@ -82,6 +85,12 @@ class Session:
         """A line for people, once and not once a rank."""
         if self.leads:
             self.host.emit(line)
+
+    def show(self, values: dict[str, float]) -> None:
+        """Figures of this step for whoever watches, once and not once a rank."""
+        if self.events:
+            self.events.scalars(values, self.state.step)
+            self.host.figures(values)
 
     def over_ranks(self, values: list[float]) -> list[float]:
         """Sums over all ranks; each must call it."""

@@ -19,6 +19,7 @@ from pipelines.progress import printed_board
 from pipelines.train.board import TrainBoard, deaths_counted, errors_left, wishes_heard
 from pipelines.train.devices import processes
 from pipelines.train.loop import train_on_rank
+from pipelines.train.metrics import TrainMetrics
 from pipelines.train.parent import check_parent
 from pipelines.train.plan import check, result, run_uri
 from pipelines.train.session import Host
@@ -146,7 +147,10 @@ def _loop(arguments: dict[str, Any]) -> None:
     with errors_left(board), wishes_heard(board) as asked:
         if ranks.rank == 0:
             ray.get(board.begin.remote(_saved(config)))
-        host = Host(lambda line: board.post.remote(line), asked, _Notices(), lambda told: train.report(told), True)
+        host = Host(
+            lambda line: board.post.remote(line), asked, _Notices(), lambda told: train.report(told),
+            TrainMetrics(config.name).tell, read_ahead=True,
+        )  # fmt: skip
         train_on_rank(config, ranks, host)
 
 
