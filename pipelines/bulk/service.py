@@ -11,7 +11,7 @@ from pipelines.bulk.job import Job, Order
 from pipelines.bulk.numerics import pin
 from pipelines.bulk.painting import through_actors
 from pipelines.bulk.shards import Numerics, Record, commit_shard, record_of
-from pipelines.config import PipelineError
+from pipelines.config import AwayError, PipelineError
 from pipelines.model import load_config
 from pipelines.progress import print_line
 from pipelines.requests import ImageRequest
@@ -24,7 +24,7 @@ _WAITS_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0, 30.0, 30.0, 30.0)
 _LOOK_S, _LOADING_S = 20.0, 300.0
 
 
-class AwayError(PipelineError):
+class ServiceAwayError(AwayError):
     """The service was away for longer than is waited."""
 
 
@@ -55,7 +55,7 @@ def through_service(job: Job, missing: Sequence[int]) -> Iterator[tuple[int, Rec
         for shard, record in _landing(job, service, missing):
             del left[shard]
             yield shard, record
-    except AwayError as error:
+    except ServiceAwayError as error:
         print_line(f"generate: {error}; going on with workers of the job's own")
         yield from through_actors(job, list(left))
 
@@ -114,7 +114,7 @@ class Service:
     def ends(self, requests: list[ImageRequest], answer: _Answer) -> list[End]:
         """A picture uint8 [H, W, 3] for each request, or why there is none; a service that restarts is asked again.
 
-        Raises AwayError where it stays away, PipelineError where it has another model, or fails.
+        Raises ServiceAwayError where it stays away, PipelineError where it has another model, or fails.
         """
         from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException
@@ -130,7 +130,9 @@ class Service:
             except (RayError, RayServeException, TimeoutError) as error:
                 if isinstance(error, PipelineError):
                     raise
-        raise AwayError(f"--via serve: the application {self.job.config.app!r} is away for {sum(_WAITS_S):.0f} s")
+        raise ServiceAwayError(
+            f"--via serve: the application {self.job.config.app!r} is away for {sum(_WAITS_S):.0f} s"
+        )
 
     def _waited_for(self, answer: _Answer) -> list[End]:
         """The ends in an answer. Raises TimeoutError where the service it is to come from does not answer at all."""
