@@ -6,12 +6,15 @@ page, TensorBoard and a web server over the store, and starts again what dies. A
 
 import argparse
 import configparser
+import hashlib
 import os
 import secrets
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -64,6 +67,7 @@ def environment(options: argparse.Namespace, home: Path, ports: dict[str, int]) 
         "DO_NOT_TRACK": "1",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(home / "ray-token"),
+        "RAY_TMPDIR": str(scratch_of(home)),
         "PYTHONUNBUFFERED": "1",
         "PROJECT": str(ROOT),
         "STORE": store_of(options),
@@ -81,6 +85,11 @@ def environment(options: argparse.Namespace, home: Path, ports: dict[str, int]) 
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}",
         }  # fmt: skip
     return own
+
+
+def scratch_of(home: Path) -> Path:
+    """Ray's folder of logs and sockets: its own, for jobs look there for their cluster; short, for sockets' names."""
+    return Path(tempfile.gettempdir()) / f"ray-{hashlib.sha256(str(home).encode()).hexdigest()[:8]}"
 
 
 def store_of(options: argparse.Namespace) -> str:
@@ -158,6 +167,8 @@ def start(options: argparse.Namespace, home: Path) -> None:
     for name, port in ports.items():
         check_free(name, port)
     home.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(scratch_of(home), ignore_errors=True)
+    scratch_of(home).mkdir(mode=0o700)
     make_token(home / "ray-token")
     shared = {**os.environ, **environment(options, home, ports)}
     # The service joins the Ray cluster; the flows must not, for they submit jobs to it.
@@ -283,7 +294,7 @@ def addresses(options: argparse.Namespace, home: Path, ports: dict[str, int]) ->
         ("Ray dashboard", f"{at['ray']}    (token in {home / 'ray-token'})"),
         ("store", store),
         *([] if "://" in store else [("its pages", at["pages"]), ("TensorBoard", at["tensorboard"])]),
-        ("logs", str(home)),
+        ("logs", f"{home}    (Ray's: {scratch_of(home)})"),
     ]  # fmt: skip
     told = "\n".join(f"  {name:<22}{where}" for name, where in lines)
     return (

@@ -164,6 +164,7 @@ def site():
     finally:
         subprocess.run([sys.executable, "infra/up.py", "stop", "--home", str(home)], cwd=ROOT, check=False)
         shutil.rmtree(home, ignore_errors=True)
+        shutil.rmtree(up.scratch_of(home), ignore_errors=True)
 
 
 def draw(home, source, number):
@@ -189,7 +190,7 @@ def test_a_schedule_fires_and_the_night_leaves_its_pictures_and_a_live_model(sit
         }
         return site.ask("flow_runs/filter", found)
 
-    (run,) = until(runs, "the schedule to fire")
+    run = until(runs, "the schedule to fire")[0]
     site.ask(f"deployments/{nightly['id']}/schedules/{made['id']}", method="DELETE")
     until(lambda: site.state(run["id"]) in ("Completed", "Failed", "Crashed"), "the night to end", 400)
     assert site.state(run["id"]) == "Completed", site.lines(run["id"])[-20:]
@@ -286,3 +287,23 @@ def test_a_head_that_dies_and_comes_back_does_not_end_the_flow(site):
     assert resumed
     assert resumed[-1] >= 50, "from a checkpoint, not from the beginning"
     until(lambda: _answers(f"http://127.0.0.1:{site.first + 2}/readyz"), "the service to come back by itself")
+
+
+def test_the_service_goes_onto_the_cluster_and_is_brought_up_to_date_there(site):
+    up.control(site.home, "stop", "service")
+    place = {"cpus": 0, "port": site.first + 2, "ready_within": 240}
+    first = site.run("deploy", **place)
+    until(lambda: site.state(first) in ("Completed", "Failed", "Crashed"), "the service on the cluster", 300)
+    assert site.state(first) == "Completed", site.lines(first)[-20:]
+    address = f"http://127.0.0.1:{site.first + 2}"
+    assert f"]({address})" in site.artifacts(first)["service"]
+    with urllib.request.urlopen(f"{address}/v1/models", timeout=30) as answer:
+        assert [model["id"] for model in json.load(answer)["data"]] == ["faces"]
+    second = site.run("deploy", **place, queue=300)
+    answers = []
+    until(
+        lambda: answers.append(_answers(f"{address}/readyz")) or site.state(second) in ("Completed", "Failed", "Crashed"),
+        "the service brought up to date", 300,
+    )  # fmt: skip
+    assert site.state(second) == "Completed", site.lines(second)[-20:]
+    assert _answers(f"{address}/readyz")
