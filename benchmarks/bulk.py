@@ -1,6 +1,7 @@
 """What bulk generation costs beside the bare sampling loop, and how it grows.
 
 usage: python benchmarks/bulk.py rate MODEL              pictures a second of the stage's workers over the bare loop
+       python benchmarks/bulk.py serve-rate MODEL        the same through a running service
        python benchmarks/bulk.py workers MODEL           the same job by 2 workers over 1, each on one thread
        python benchmarks/bulk.py plan MODEL              the planner's memory and time by rows and kind of a table
        python benchmarks/bulk.py memory MODEL            the driver's memory over a whole job, by its rows; its workers
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipelines import bulk, jobs, storage
+from pipelines import bulk, jobs, serve, storage
 from pipelines.bulk import painting
 from pipelines.bulk.job import Job
 from pipelines.bulk.painting import ShardPainter, through_actors
 from pipelines.bulk.plan import job_uri, plan_job
+from pipelines.bulk.service import through_service
 from pipelines.bulk.shards import Record, committed, record_uri
-from pipelines.config import GenerateConfig
+from pipelines.config import GenerateConfig, ServeConfig
 from pipelines.model import load_config
 from pipelines.requests import ImageRequest, open_request
 from pipelines.worker import load_worker
@@ -49,11 +51,14 @@ CELL = 512
 COMMITTED = 10_000
 
 
+Through = Callable[[Job, Sequence[int]], Iterator[tuple[int, Record]]]
+
+
 def main() -> None:
     """Run the question that was asked."""
     questions: dict[str, Callable[[str], None]] = {
-        "rate": rate, "workers": scaling, "plan": planning, "resume": resuming, "memory": driving,
-        "plan-once": plan_once, "memory-once": drive_once,
+        "rate": rate, "serve-rate": rate_by_service, "workers": scaling, "plan": planning, "plan-once": plan_once,
+        "resume": resuming, "memory": driving, "memory-once": drive_once,
     }  # fmt: skip
     if len(sys.argv) != 3 or sys.argv[1] not in questions:
         sys.exit(__doc__)
@@ -68,19 +73,31 @@ def job_of(store: str, model: str, **settings: object) -> Job:
 
 
 def rate(model: str) -> None:
-    """The stage's workers, full lanes, against nothing but the sampling loop on the same requests; in turn, twice."""
+    """The stage's workers, full lanes, against nothing but the sampling loop on the same requests."""
     jobs.connect()
+    compare(model, "by actors", through_actors, 0.9)
+
+
+def rate_by_service(model: str) -> None:
+    """The same through a service with one engine."""
+    jobs.connect()
+    name = model.rsplit("/models/", 1)[1].split("/")[0]
+    serve.start(ServeConfig(model=model, name=name, port=0))
+    compare(model, "by the service", through_service, 0.85)
+    serve.stop()
+
+
+def compare(model: str, told: str, through: Through, goal: float) -> None:
+    """One way over the bare loop, in turns, twice."""
     ratios = []
     for trial in range(2):
+        theirs = bare(model, SHARD * SHARDS // 2)
         with tempfile.TemporaryDirectory() as store:
-            theirs = bare(model, SHARD * SHARDS // 2)
-            ours = staged(job_of(store, model))
+            ours = staged(job_of(store, model), through)
         ratios.append(ours / theirs)
-        print(
-            f"trial {trial}: bare loop {theirs:.2f}, by actors {ours:.2f} pictures/s, ratio {ratios[-1]:.3f}",
-            flush=True,
-        )
-    print(f"ratio {sum(ratios) / len(ratios):.3f} (goal 0.9)")
+        line = f"trial {trial}: bare loop {theirs:.2f}, {told} {ours:.2f} pictures/s, ratio {ratios[-1]:.3f}"
+        print(line, flush=True)
+    print(f"ratio {sum(ratios) / len(ratios):.3f} (goal {goal})")
 
 
 def bare(model: str, count: int) -> float:
@@ -100,10 +117,10 @@ def bare(model: str, count: int) -> float:
     return done / (time.perf_counter() - begun)
 
 
-def staged(job: Job) -> float:
-    """Pictures a second of a Ray Data pool, from the first shard's end to the last one's."""
+def staged(job: Job, through: Through = through_actors) -> float:
+    """Pictures a second of the stage's workers or the service, from the first shard's end to the last one's."""
     times = []
-    for _ in through_actors(job, range(job.shards)):
+    for _ in through(job, range(job.shards)):
         times.append(time.perf_counter())
     return SHARD * (len(times) - 1) / (times[-1] - times[0])
 

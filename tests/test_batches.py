@@ -132,7 +132,10 @@ def test_an_id_of_nothing_is_not_found_whatever_it_looks_like(service, identity)
 def test_a_wrong_order_names_its_field(client, service):
     with pytest.raises(openai.BadRequestError, match="input_file_id: no file 'file-0'"):
         client.batches.create(input_file_id="file-0", endpoint=GENERATIONS, completion_window="24h")
-    for more, field in (({"carry": ["ordr"]}, "carry"), ({"model": "dall-e-3"}, "model"), ({"stepz": 1}, "stepz")):
+    for more, field in (
+        ({"carry": ["ordr"]}, "carry"), ({"carry": ["--table=/etc/passwd"]}, "carry.0"),
+        ({"model": "dall-e-3"}, "model"), ({"stepz": 1}, "stepz"),
+    ):  # fmt: skip
         with pytest.raises(openai.BadRequestError) as raised:
             order(client, extra_body=more)
         assert raised.value.param == field
@@ -215,6 +218,16 @@ print('generate: {images}')"""
         until(client, stopped, "in_progress")
         assert client.batches.cancel(stopped.id).status == "cancelling"
         assert until(client, stopped, "cancelled").cancelled_at
+
+
+def test_a_damaged_batch_holds_up_no_other(client, service, images):
+    folder = service.runner.batches.folder
+    storage.write_bytes(f"{folder}/anybody/batches/batch_broken/batch.json", b"{}")
+    storage.write_bytes(f"{folder}/open/anybody.batch_broken", b"")
+    batch = order(client, metadata={"number": "5"})
+    with making(service, script(f"print('generate: {images}')")):
+        until(client, batch, "completed")
+    storage.remove_object(f"{folder}/open/anybody.batch_broken")
 
 
 def test_a_key_sees_its_own_alone(tiny_model, tmp_path, capsys):

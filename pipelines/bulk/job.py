@@ -1,5 +1,6 @@
 """A job: its settings, its model, and its rows, of which every worker can make any range by itself."""
 
+import bisect
 import functools
 import io
 from dataclasses import dataclass, field
@@ -102,7 +103,7 @@ def classes_in_turn(config: GenerateConfig) -> tuple[str, ...]:
 
 def _staged(uri: str, table: Table, shard: int) -> list[dict[str, Any]]:
     """The staged rows of a shard: a row group of the part that has it."""
-    part = next(part for part in reversed(table.parts) if part["first"] <= shard)
+    part = table.parts[bisect.bisect_right(table.parts, shard, key=lambda part: part["first"]) - 1]
     data = _staged_part(uri, part)
     return pq.ParquetFile(io.BytesIO(data)).read_row_group(shard - part["first"]).to_pylist()  # type: ignore[no-any-return]
 

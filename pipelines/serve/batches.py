@@ -3,9 +3,9 @@
 import base64
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -30,6 +30,10 @@ ENDED = ("completed", "failed", "cancelled")
 Status = Literal["validating", "in_progress", "cancelling", "completed", "failed", "cancelled"]
 
 
+# It comes to stand on a command line, where it must be no flag and no list
+Column = Annotated[str, Field(pattern=r"^\w[\w .:/-]*$", max_length=200)]
+
+
 class BatchBody(SampleOptions):
     """A table whose rows are made at bulk priority; the settings are those of rows that say nothing."""
 
@@ -41,7 +45,7 @@ class BatchBody(SampleOptions):
     metadata: dict[str, str] | None = Field(None, max_length=16, description="kept beside the batch")
     model: str | None = Field(None, max_length=200, description="name of the model; see GET /v1/models")
     seed: int = Field(1, ge=0, lt=2**62, description="a row without a seed has one derived from this and its number")
-    carry: list[str] = Field([], description="columns of the table that go along to the images")
+    carry: list[Column] = Field([], description="columns of the table that go along to the images")
     callback: str | None = Field(None, max_length=1000, description="address to call when it has ended, where allowed")
 
 
@@ -112,11 +116,14 @@ class Batches:
         return self.find(owner, ordered.id) or ordered
 
     def find(self, owner: str, identity: str) -> Ordered | None:
-        """An owner's batch; None where there is no such."""
+        """An owner's batch; None where there is no such. Raises StorageError on one that is damaged."""
+        place = storage.join(self.folder, owner, "batches", identity, "batch.json")
         try:
-            return Ordered(**storage.read_json(storage.join(self.folder, owner, "batches", identity, "batch.json")))
+            return Ordered(**storage.read_json(place))
         except storage.NotFoundError:
             return None
+        except TypeError as error:
+            raise storage.DamagedError(f"{place}: no batch as this version writes them ({error})") from error
 
     def all_of(self, owner: str) -> list[Ordered]:
         """All batches of an owner, the newest first."""
@@ -124,10 +131,15 @@ class Batches:
         found = [each for each in (self.find(owner, name) for name in names) if each is not None]
         return sorted(found, key=lambda each: (-each.created_at, each.id))
 
-    def unfinished(self) -> list[Ordered]:
-        """The batches of all owners that are to be made, the oldest first."""
-        names = [info.uri.rsplit("/", 1)[1] for info in storage.list_if_any(self._open)]
-        found = [self.find(*name.split(".", 1)) for name in names]
+    def unfinished(self, tell: Callable[[str], None] = lambda _: None) -> list[Ordered]:
+        """The batches of all owners that are to be made, the oldest first; `tell` hears of those that are damaged."""
+        found = []
+        for info in storage.list_if_any(self._open):
+            owner, _, identity = info.uri.rsplit("/", 1)[1].partition(".")
+            try:
+                found.append(self.find(owner, identity))
+            except storage.StorageError as error:
+                tell(f"{identity} waits: {error}")
         return sorted((each for each in found if each is not None), key=lambda each: (each.created_at, each.id))
 
     def state(self, ordered: Ordered) -> State:

@@ -57,10 +57,13 @@ class Runner:
     async def _begin(self) -> None:
         """Begin with batches while there is room."""
         for name in [name for name, task in self._running.items() if task.done()]:
-            self._running.pop(name).result()
+            failure = self._running.pop(name).exception()
+            if failure is not None:
+                self._tell(f"{name} waits: {failure!r}")
         if not self.leads() or len(self._running) >= self.at_once:
             return
-        waiting = [each for each in await asyncio.to_thread(self.batches.unfinished) if each.id not in self._running]
+        unfinished = await asyncio.to_thread(self.batches.unfinished, self._tell)
+        waiting = [each for each in unfinished if each.id not in self._running]
         while waiting and len(self._running) < self.at_once:
             busy = [self._owners[name] for name in self._running]
             ordered = min(waiting, key=lambda each: busy.count(each.owner))  # of those the oldest
