@@ -4,13 +4,20 @@ PIP = PIP_CONSTRAINT=$(CURDIR)/constraints.txt .venv/bin/pip install --quiet
 # make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu   takes torch from another index (CPU or CUDA builds)
 TORCH_INDEX ?=
 
-.PHONY: demo test chaos bench lint serve setup clean
+.PHONY: demo test chaos bench lint serve up down setup clean
 
 demo: .venv/installed
 	.venv/bin/python flows.py demo $(FLAGS)
 
 serve: .venv/installed
 	.venv/bin/python -m pipelines serve --store runs/demo --name cartoons $(FLAGS)
+
+# Everything on this machine under a supervisor: store, Prefect with the deployments, Ray, the service and its page.
+up: .venv/installed
+	.venv/bin/python infra/up.py start $(FLAGS)
+
+down: .venv/installed
+	.venv/bin/python infra/up.py stop $(FLAGS)
 
 test: .venv/installed .venv-s3/installed
 	.venv/bin/python -m pytest -n 2 --dist loadfile $(FLAGS)

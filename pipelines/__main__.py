@@ -3,8 +3,9 @@
 import sys
 from collections.abc import Sequence
 
-from pipelines.config import GenerateCommand, InterruptedRunError, PipelineError, TrainCommand, parse
+from pipelines.config import GenerateCommand, InterruptedRunError, PipelineError, TrainCommand, parse, stop_marker
 from pipelines.jobs import STAGES, print_stage, rehearse, run_stage, settle, visit
+from pipelines.stops import heeded
 
 # What shells give a command that SIGINT ended.
 _INTERRUPTED = 130
@@ -17,10 +18,13 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if arguments else 2
     name, *flags = arguments
     try:
-        with visit():
+        with visit(), heeded(stop_marker()):
             _run(name, flags)
     except InterruptedRunError as error:
         print(error, file=sys.stderr, flush=True)
+        return _INTERRUPTED
+    except KeyboardInterrupt:
+        print(f"{name}: stopped; what was done is kept, run the same command to go on", file=sys.stderr, flush=True)
         return _INTERRUPTED
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

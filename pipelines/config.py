@@ -40,9 +40,16 @@ from diffusion_core.config import (
     Weighting,
 )
 
+# Environment variable of a job: the object whose appearance asks it to save and stop
+STOP_MARKER = "IMAGE_DIFFUSION_STOP"
+
 
 class PipelineError(Exception):
     """Something a user can mend; its text is one clear line that names the thing, what was found and what to do."""
+
+
+class AwayError(PipelineError):
+    """Something out of reach that may be back later, such as a store or a cluster; the same command goes on then."""
 
 
 class InterruptedRunError(PipelineError):
@@ -63,8 +70,10 @@ class First:
 def absolute(uri: str) -> str:
     """The URI that names the same thing from any folder: s3://bucket/key, or an absolute path. No slash at the end.
 
-    Raises ValueError on another kind of address.
+    Raises ValueError on another kind of address, and on none.
     """
+    if not uri:
+        raise ValueError("an empty address; give a path or s3://bucket/key")
     if "://" in uri and not uri.startswith(("s3://", "file://")):
         raise ValueError(f"{uri}: unknown kind of address; give a path or s3://bucket/key")
     if uri.startswith("s3://"):
@@ -418,6 +427,9 @@ class GenerateConfig(GenerateOptions, EngineOptions, Place):
         None, description="a request a row: .parquet, .csv, .tsv or .jsonl, on disk or s3://"
     )
     app: Annotated[str, How()] = Field("images", description="Ray Serve application to send rows to, with --via serve")
+    addresses: Annotated[bool, How()] = Field(
+        True, description="a table may name pictures by address; else they stand in it as bytes"
+    )
 
     @model_validator(mode="after")
     def _one_origin_of_rows(self) -> Self:
@@ -525,11 +537,29 @@ class ServeOptions(EngineOptions):
     max_body: Annotated[ByteSize, How()] = Field(
         ByteSize(32 * 2**20), gt=0, description="bytes of a request at most, as 32MiB"
     )
+    batches: Annotated[int, How()] = Field(
+        2, ge=0, description="batches (POST /v1/batches) that are made at once; 0 takes none"
+    )
+    max_file: Annotated[ByteSize, How()] = Field(
+        ByteSize(64 * 2**20), gt=0, description="bytes of a table that is uploaded for a batch at most"
+    )
+    callback: Annotated[list[str], How()] = Field(
+        [], description="beginning of addresses that a batch may have called at its end, as https://example.org/"
+    )
+    max_rows: Annotated[int, How()] = Field(1_000_000, ge=1, description="rows of such a table at most")
     max_pixels: Annotated[int, How()] = Field(16_000_000, ge=1, description="pixels of a picture to edit at most")
     max_pictures: Annotated[int, How()] = Field(64, ge=1, description="pictures of a request at most")
     origin: Annotated[list[str], How()] = Field(
         [], description="web origin whose pages may call the service (CORS), as https://example.org; again for more"
     )
+
+    @field_validator("callback")
+    @classmethod
+    def _whole_hosts(cls, value: list[str]) -> list[str]:
+        for entry in value:
+            if not re.match(r"https?://[^/@?#\\s]+/", entry):
+                raise ValueError(f"{entry!r}: need a whole host and a slash, as https://example.org/")
+        return value
 
     @field_validator("also")
     @classmethod
@@ -562,6 +592,7 @@ class ServeConfig(ServeOptions, Place):
         description="URI of a published model to keep to; default: what is live of --name in --store, also when that "
         "changes, else the newest",
     )
+    wait: Annotated[bool, How()] = Field(False, description="wait for a first model, where there is none yet")
     to: Annotated[str | None, How()] = Field(
         None, description="write the configuration for `serve deploy` or KubeRay to this file, and end"
     )
@@ -734,42 +765,6 @@ class CleanupConfig(Store):
         return self
 
 
-class PipelineOptions(Settings):
-    """What every flow of the whole pipeline has."""
-
-    train: TrainOptions = Field(TrainOptions(), description="training")
-    evaluate: EvaluateOptions = Field(EvaluateOptions(), description="evaluation")
-    promote: GateOptions = Field(GateOptions(), description="the gate before promotion")
-    generate: GenerateOptions = Field(GenerateOptions(), description="bulk generation")
-    cluster: Annotated[str | None, How()] = Field(
-        None, description="address of a Ray cluster's job server, http://HOST:8265"
-    )
-
-
-class PipelineConfig(PipelineOptions, IngestOptions, Place):
-    """Ingest pictures, train a model on them, evaluate it and generate with it."""
-
-
-class DemoEvaluateOptions(EvaluateOptions):
-    """What the demo measures: less, so that it ends soon."""
-
-    samples: int = Field(128, ge=2, description="pictures generated over all classes")
-    curve_samples: int = Field(16, ge=0, description="pictures by every sampler and number of steps; 0 for none")
-    curve_steps: list[Annotated[int, Field(ge=1, le=1000)]] = Field(
-        [5, 8, 18], min_length=1, description="denoiser calls a picture"
-    )
-    likelihood: int = Field(8, ge=0, description="held-out pictures whose bits per dimension are taken; 0 for none")
-    likelihood_steps: int = Field(8, ge=2, description="steps of the solver for it, four denoiser calls each")
-
-
-class DemoConfig(PipelineOptions, Place):
-    """Draw cartoons, then run the whole pipeline on them."""
-
-    evaluate: DemoEvaluateOptions = Field(DemoEvaluateOptions(), description="evaluation")
-    resolution: int = Field(32, ge=8, le=1024, description="height and width in pixels")
-    draw: DrawOptions = Field(DrawOptions(), description="cartoons")
-
-
 class Outcome(Settings):
     """What a stage hands on: the URI of its result, and whether it was there already."""
 
@@ -809,6 +804,11 @@ def _said(settings: Settings, kind: type[Settings]) -> list[str]:
 def ray_address() -> str | None:
     """Address of the Ray cluster that this process was started in (a Ray job's), or None."""
     return os.environ.get("RAY_ADDRESS")
+
+
+def stop_marker() -> str | None:
+    """URI of the object that asks this process to stop, where it is a job that somebody may cancel; else None."""
+    return os.environ.get(STOP_MARKER)
 
 
 def choose_ray_authentication() -> None:

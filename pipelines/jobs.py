@@ -3,22 +3,20 @@
 import contextlib
 import importlib
 import logging
-import os
-import shlex
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from diffusion_core.config import PRESETS, ModelConfig
+from pipelines import cluster
 from pipelines import config as settings
 from pipelines.config import Outcome, PipelineError, Settings
+from pipelines.flow_config import Cluster
+from pipelines.report import Showing
 from pipelines.storage import list_objects
 
 _OBJECT_STORE_BYTES = 400_000_000
-_POLL_S = 1.0
 _IDLE_WORKER_MS = 5_000
-_EXCLUDED = (".venv", ".venv-s3", ".git", "runs", "tests", "docs", ".mypy_cache", ".ruff_cache", ".pytest_cache")
 
 
 class Stage(NamedTuple):
@@ -68,10 +66,16 @@ STAGES: dict[str, Stage] = {
 }
 
 
-def run_stage(name: str, config: Settings, cluster: str | None = None) -> Outcome:
-    """The result of a stage: found in the store, made here, or made by a job on `cluster` (http://HOST:8265).
+def _nobody(_: cluster.Job) -> None:
+    """Nobody wants to know which job it is."""
 
-    Raises PipelineError where the stage fails.
+
+def run_stage(
+    name: str, config: Settings, place: Cluster | None = None, told: Callable[[cluster.Job], None] = _nobody
+) -> Outcome:
+    """The result of a stage: found in the store, made here, or made by a job on the cluster `place`.
+
+    `told` is called with each job that is followed. Raises PipelineError where the stage fails.
     """
     settings.choose_ray_authentication()
     module = importlib.import_module(STAGES[name].module)
@@ -79,9 +83,9 @@ def run_stage(name: str, config: Settings, cluster: str | None = None) -> Outcom
     if found is not None:
         print(f"{name}: found {found.uri}", flush=True)
         return found
-    if cluster is not None:
-        _submit(name, config, cluster)
-        return _made(name, find_result(name, config), cluster)
+    if place is not None:
+        cluster.run_job(name, config, place, told)
+        return _made(name, find_result(name, config), place)
     if STAGES[name].needs_ray:
         connect()
     try:
@@ -98,6 +102,12 @@ def find_result(name: str, config: Settings) -> Outcome | None:
     """The result of a stage with these settings, if it is there. Raises PipelineError where an input is missing."""
     found: Outcome | None = importlib.import_module(STAGES[name].module).find(config)
     return found
+
+
+def show(name: str, uri: str) -> Showing:
+    """What of a stage's result is worth a look; nothing where the stage has no pictures."""
+    module = importlib.import_module(STAGES[name].module)
+    return module.show(uri) if hasattr(module, "show") else Showing({}, {})
 
 
 def print_stage(name: str, config: Settings) -> None:
@@ -185,44 +195,10 @@ def disconnect() -> None:
         sys.modules["ray"].shutdown()
 
 
-def _submit(name: str, config: Settings, cluster: str) -> None:
-    """Run the stage as a Ray job and follow its log to the end."""
-    from ray.job_submission import JobStatus, JobSubmissionClient
-
-    for told in ("ray._private.runtime_env.packaging", "ray.dashboard.modules.dashboard_sdk"):
-        logging.getLogger(told).setLevel(logging.WARNING)
-    try:
-        client = JobSubmissionClient(cluster)
-        entrypoint = shlex.join(["python", "-m", "pipelines", name, *settings.to_flags(config)])
-        root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        environment = {"working_dir": root, "excludes": list(_EXCLUDED)}
-        job = client.submit_job(entrypoint=entrypoint, runtime_env=environment)
-    except (ConnectionError, RuntimeError) as error:
-        raise PipelineError(f"cluster {cluster}: {str(error).splitlines()[0]}; check its address and token") from error
-    print(f"{name}: job {job} on {cluster}", flush=True)
-    status = _follow(client, job)
-    if status != JobStatus.SUCCEEDED:
-        reason = (client.get_job_info(job).message or "no reason given").strip().splitlines()[-1]
-        raise PipelineError(f"{name}: job {job} on {cluster} ended {status.value}: {reason}")
-
-
-def _follow(client: Any, job: str) -> Any:
-    """Print what a job prints as it comes, until it ends; its last status."""
-    shown = 0
-    while True:
-        status = client.get_job_status(job)
-        log = client.get_job_logs(job)
-        print(log[shown:], end="", flush=True)
-        shown = len(log)
-        if status.is_terminal():
-            return status
-        time.sleep(_POLL_S)
-
-
-def _made(name: str, found: Outcome | None, cluster: str) -> Outcome:
+def _made(name: str, found: Outcome | None, place: Cluster) -> Outcome:
     """What a finished job left in the store."""
     if found is None:
         raise PipelineError(
-            f"{name}: the job on {cluster} ended well, but its result is not in the store seen from here"
+            f"{name}: the job on {place.address} ended well, but its result is not in the store seen from here"
         )
     return Outcome(uri=found.uri, found=False)

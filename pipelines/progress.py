@@ -1,6 +1,8 @@
 """Progress of long work: a bar, a rate, the time left, the figures of the moment; and tables of what came out."""
 
 import contextlib
+import contextvars
+import re
 import sys
 import threading
 import time
@@ -9,12 +11,35 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _WIDTH = 24
+_BAR = re.compile(r"\[#*-*\] (?P<done>\d+)/(?P<total>\d+) ")
 _POLL_S = 0.5
 
 
+_listener: contextvars.ContextVar[Callable[[str], None] | None] = contextvars.ContextVar("listener", default=None)
+
+
 def print_line(line: str) -> None:
-    """Print a line at once."""
+    """Print a line at once, and tell whoever listens."""
     print(line, file=sys.stdout, flush=True)
+    listener = _listener.get()
+    if listener is not None:
+        listener(line)
+
+
+@contextlib.contextmanager
+def heard(listener: Callable[[str], None]) -> Iterator[None]:
+    """Have `listener` called with every line that is printed meanwhile, here or from a board's thread."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def share_done(line: str) -> float | None:
+    """How much is done by a line of `Progress`, 0 to 1; None for any other line."""
+    found = _BAR.search(line)
+    return int(found["done"]) / max(int(found["total"]), 1) if found else None
 
 
 @dataclass
@@ -58,6 +83,12 @@ class Progress:
         left = (self.total - self.done) / rate if rate > 0 else 0.0
         parts = [f"{self.what} [{bar}] {self.done}/{self.total} {self.unit}", f"{rate * scale:.1f} {unit}/s"]
         return "  ".join([*parts, *([figures] if figures else []), f"ETA {duration(left)}"])
+
+
+def counts_of(line: str) -> tuple[int, int] | None:
+    """What is done and the total, of a line that `Progress` printed; None of any other."""
+    found = re.match(r"\w+ \[[#-]+\] (\d+)/(\d+) ", line)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def aligned(rows: list[list[str]], left: Container[int] = (0,)) -> list[str]:
@@ -113,7 +144,7 @@ def printed_board(kind: type[Board] = Board, *arguments: Any) -> Iterator[Any]:
             if last:
                 return
 
-    thread = threading.Thread(target=show, name="board", daemon=True)
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(show,), name="board", daemon=True)
     thread.start()
     try:
         yield board

@@ -4,12 +4,14 @@ import base64
 import io
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
 import jinja2
 import markupsafe
 import numpy as np
+from PIL import Image
 
 from pipelines import storage
 from pipelines.dataset import Rows
@@ -18,6 +20,16 @@ from pipelines.model import read_file
 from pipelines.progress import duration
 
 _GAP = 2
+_WORTH_IT = 2
+
+
+@dataclass(frozen=True)
+class Showing:
+    """What of a stage's result is worth a look: figures in words, pictures as PNGs, the address of its page."""
+
+    figures: dict[str, str]
+    pictures: dict[str, bytes]
+    page: str | None = None
 
 
 def grid(pictures: Pixels, columns: int) -> Pixels:
@@ -123,6 +135,18 @@ def inline(svg: bytes) -> markupsafe.Markup:
 def data_uri(png: bytes) -> str:
     """A picture as an address that holds it."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def enlarged(png: bytes, width: int) -> bytes:
+    """A picture with every pixel made a square of several, so that it is about `width` wide; a larger one as it is."""
+    with Image.open(io.BytesIO(png)) as picture:
+        times = width // picture.width
+        if times < _WORTH_IT:
+            return png
+        large = picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    large.save(buffer, "png")
+    return buffer.getvalue()
 
 
 def bytes_told(size: float) -> str:

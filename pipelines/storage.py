@@ -5,6 +5,7 @@ import errno
 import functools
 import glob as globbing
 import hashlib
+import io
 import json
 import os
 import re
@@ -22,7 +23,7 @@ import fsspec
 import tenacity
 from fsspec import AbstractFileSystem
 
-from pipelines.config import PipelineError, absolute
+from pipelines.config import AwayError, PipelineError, absolute
 
 MANIFEST = "manifest.json"
 # What S3 answers to a create-if-absent write: there is an object, or another writer is at it.
@@ -50,6 +51,10 @@ Creation = Literal["created", "same", "other"]
 
 class StorageError(PipelineError):
     """An object that cannot be read or written, by its URI and the reason."""
+
+
+class StoreAwayError(StorageError, AwayError):
+    """An object that could not be reached for as long as that is tried; it may be later."""
 
 
 class NotFoundError(StorageError):
@@ -181,7 +186,9 @@ def create_bytes(uri: str, data: bytes) -> Creation:
 
 def to_json(value: Any) -> bytes:
     """The JSON text that is stored: sorted keys, indented, so that equal values have equal bytes."""
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    text = io.StringIO()  # json.dumps would hold each word as a string of its own, and manifests grow long
+    json.dump(value, text, indent=2, sort_keys=True, ensure_ascii=False)
+    return (text.getvalue() + "\n").encode()
 
 
 def publish(folder: str, manifest: dict[str, Any]) -> Creation:
@@ -252,8 +259,8 @@ def list_if_any(uri: str) -> list[ObjectInfo]:
     """As `list_objects`, but empty where there is nothing."""
     uri = normalise(uri)
     pattern = is_pattern(uri)
-    found = _retried(uri, lambda: _glob(uri) if pattern else _find(uri))
-    return sorted((_info(uri, details) for details in found), key=lambda item: item.uri)
+    find = _glob if pattern else _find
+    return _retried(uri, lambda: sorted((_info(uri, each) for each in find(uri)), key=lambda item: item.uri))
 
 
 def is_pattern(uri: str) -> bool:
@@ -460,7 +467,7 @@ def _filesystem(uri: str) -> AbstractFileSystem:
     return filesystem
 
 
-def _glob(uri: str) -> list[dict[str, Any]]:
+def _glob(uri: str) -> Iterable[dict[str, Any]]:
     if _is_local(uri):
         matches = globbing.glob(uri, recursive=True)
         return _local_details({path for match in matches for path in (_paths_below(match) or [match])})
@@ -471,7 +478,7 @@ def _glob(uri: str) -> list[dict[str, Any]]:
     return [item for item in matched.values() if item["type"] == "file"]
 
 
-def _find(uri: str) -> list[dict[str, Any]]:
+def _find(uri: str) -> Iterable[dict[str, Any]]:
     if _is_local(uri):
         return _local_details(_paths_below(uri) or [uri])
     filesystem = _filesystem(uri)
@@ -485,16 +492,14 @@ def _find(uri: str) -> list[dict[str, Any]]:
     return [item for item in below.values() if item["type"] == "file"]
 
 
-def _local_details(paths: Iterable[str]) -> list[dict[str, Any]]:
+def _local_details(paths: Iterable[str]) -> Iterator[dict[str, Any]]:
     """What is known of files and of links that lead nowhere; folders, and what is gone meanwhile, are left out."""
-    found = []
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             if os.path.isfile(path):
-                found.append(fsspec.filesystem("file").info(path))
+                yield fsspec.filesystem("file").info(path)
             elif os.path.islink(path) and not os.path.exists(path):
-                found.append({"name": path, "size": 0, "mtime": os.lstat(path).st_mtime})
-    return found
+                yield {"name": path, "size": 0, "mtime": os.lstat(path).st_mtime}
 
 
 def _paths_below(folder: str, above: frozenset[str] = frozenset()) -> list[str]:
@@ -555,4 +560,5 @@ def _named(uri: str) -> Iterator[None]:
                 f"{uri}: no space left to write it; free some (du -sh on the store) and run the same command again"
             ) from error
         reason = getattr(error, "strerror", None) or str(error) or repr(error)
-        raise StorageError(f"{uri}: {type(error).__name__}: {reason.splitlines()[0]}") from error
+        kind = StoreAwayError if _is_transient(error) else StorageError
+        raise kind(f"{uri}: {type(error).__name__}: {reason.splitlines()[0]}") from error

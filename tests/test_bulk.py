@@ -41,8 +41,8 @@ def test_every_row_is_there_once_and_is_the_picture_that_was_asked_for(store, ti
 
 def test_a_run_that_was_cut_off_ends_with_the_same_files_and_redoes_only_what_was_missing(tmp_path, tiny_model):
     quiet = bulk.run(config(tmp_path / "quiet", tiny_model)).uri
-    again = config(tmp_path / "again", tiny_model, workers=2)
-    uri = bulk.run(again).uri
+    again = config(tmp_path / "again", tiny_model)
+    uri = bulk.run(again.model_copy(update={"workers": 2})).uri
     written = {info.uri: info.version for info in storage.list_objects(uri)}
     parts = sorted(name for name in written if "/part-" in name)
     (tmp_path / uri / "manifest.json").unlink()

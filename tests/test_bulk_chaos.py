@@ -1,19 +1,28 @@
 """Bulk generation while processes die and the way to the store breaks: every picture once, with the same bytes."""
 
+import contextlib
 import os
 import re
 import signal
 import time
+import uuid
 from pathlib import Path
 
+import httpx
 import numpy as np
+import openai
 import pytest
+from conftest import four_free_ports
+from ray.cluster_utils import Cluster
 from support import sessions
+from support.models import publish
 
 from pipelines import storage
-from pipelines.config import VerifyConfig
+from pipelines.config import PromoteConfig, VerifyConfig
 from pipelines.images import to_png
 from pipelines.lineage import verify
+from pipelines.model import model_digest
+from pipelines.registry import promote
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
 ROWS, SHARD = 48, 4
@@ -111,6 +120,143 @@ def test_a_run_that_is_interrupted_says_how_to_go_on_and_two_at_once_do_no_harm(
     assert [code for _, code in both] == [0, 0], both
     assert len({uri_of(output) for output, _ in both}) == 1
     assert contents(uri_of(both[0][0])) == quiet
+
+
+SIZE = {"object_store_memory": 150_000_000}
+
+
+def test_a_node_killed_in_the_middle_changes_nothing(table, tiny_model, quiet, tmp_path):
+    store, cluster = tmp_path / "store", Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **SIZE})
+    try:
+        node = cluster.add_node(num_cpus=1, **SIZE)
+        process = start(table, tiny_model, store, RAY_ADDRESS=cluster.address)
+        wait_for(process, store, 2)
+        cluster.remove_node(node, allow_graceful=False)
+        assert len(records(store)) < SHARDS, "killed in the middle"
+        output, code = finish(process)
+    finally:
+        cluster.shutdown()
+    assert code == 0, output
+    assert contents(uri_of(output)) == quiet
+
+
+@pytest.fixture(scope="module")
+def marked():
+    """A text in the environment of all processes of the cluster."""
+    name, text = "TRIAL_OF_BULK", uuid.uuid4().hex
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name, text)
+        yield f"{name}={text}"
+
+
+@pytest.fixture(scope="module")
+def cluster(marked):
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, **SIZE})
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def versions(tmp_path_factory):
+    """Two models of a store, the first of which is live."""
+    store = str(tmp_path_factory.mktemp("served"))
+    found = publish(store, 1), publish(store, 2)
+    promote(PromoteConfig(model=found[0], by="ada", force=True, reason="trial"))
+    return found
+
+
+class Service:
+    """The service on a cluster, by a command that can be stopped and given again."""
+
+    def __init__(self, cluster, store, port):
+        self.cluster, self.url = cluster, f"http://127.0.0.1:{port}"
+        self.flags = ["--store", store, "--name", "tiny", "--port", port, "--threads", 2, "--watch", 0.3, "--drain", 1]
+        self.begin()
+
+    def begin(self):
+        self.process = sessions.start("serve", *self.flags, RAY_ADDRESS=self.cluster.address)
+
+    def stop(self):
+        self.process.terminate()
+        self.process.communicate(timeout=100)
+
+    def wait(self):
+        end = time.monotonic() + 120
+        while True:
+            assert time.monotonic() < end
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{self.url}/readyz", timeout=5).status_code == 200:
+                    return
+            assert self.process.poll() is None, self.process.communicate()[0]
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def service(cluster, versions):
+    running = Service(cluster, versions[0].split("/models/")[0], four_free_ports())
+    running.wait()
+    yield running
+    running.stop()
+
+
+JOB = ["--name", "x", "--count", ROWS, "--shard-size", SHARD, "--steps", 200, "--seed", 3]
+
+
+@pytest.fixture(scope="module")
+def alone(versions, tmp_path_factory):
+    """The shards of the first model by actors, with nothing in their way."""
+    place = tmp_path_factory.mktemp("alone")
+    output, code = finish(sessions.start("generate", "--model", versions[0], "--store", place, *JOB, "--workers", 1))
+    assert code == 0, output
+    return contents(uri_of(output))
+
+
+def test_a_service_that_is_killed_promotes_and_restarts_meanwhile_makes_what_actors_make_alone(
+    service, cluster, versions, alone, marked, tmp_path
+):
+    store, how = tmp_path / "store", ["--via", "serve", "--workers", 1]
+    process = sessions.start(
+        "generate", "--model", versions[0], "--store", store, *JOB, *how, RAY_ADDRESS=cluster.address
+    )
+    wait_for(process, store, 2)
+    promote(PromoteConfig(model=versions[1], by="ada", force=True, reason="trial"))
+    wait_for(process, store, 4)
+    assert sessions.kill_marked(marked, "ServeReplica") >= 2, "an ingress and an engine"
+    wait_for(process, store, 6)
+    service.stop()
+    assert len(records(store)) < SHARDS, "stopped in the middle"
+    service.begin()
+    output, code = finish(process)
+    assert code == 0, output
+    assert contents(uri_of(output)) == alone
+    service.wait()
+    live = httpx.get(f"{service.url}/v1/models").json()["data"][0]["digest"]
+    assert live == model_digest(storage.read_manifest(versions[1], "model"))
+
+
+def test_a_batch_whose_ingress_is_killed_goes_on(service, versions, marked):
+    own = openai.OpenAI(base_url=f"{service.url}/v1", api_key="none")
+    rows = "".join(f"cat,{seed}\n" for seed in range(128))
+    file = own.files.create(file=("t.csv", f"class,seed\n{rows}".encode()), purpose="batch")
+    batch = own.batches.create(
+        input_file_id=file.id, endpoint="/v1/images/generations", completion_window="24h", extra_body={"steps": 200}
+    )
+    killed, end = 0, time.monotonic() + 200
+    while batch.status not in ("completed", "failed"):
+        assert time.monotonic() < end, batch
+        time.sleep(0.1)
+        if not killed and list(Path(file_store(versions)).glob("images/batches/*/staging/shards/*.json")):
+            killed = sessions.kill_marked(marked, "ServeReplica:images:Ingress")
+        with contextlib.suppress(openai.APIError):
+            batch = own.batches.retrieve(batch.id)
+    assert killed
+    assert batch.status == "completed", batch.errors
+    assert batch.request_counts.completed == 128
+    verify.run(VerifyConfig(uri=batch.images))
+
+
+def file_store(versions):
+    return versions[0].split("/models/")[0]
 
 
 WEATHER = [

@@ -5,6 +5,7 @@ import io
 import json
 import tarfile
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,10 +15,12 @@ import pytest
 from PIL import Image
 
 from pipelines import bulk, storage
+from pipelines.bulk.bill import Bill
 from pipelines.bulk.engine import Shared
 from pipelines.bulk.inputs import Rejection
 from pipelines.bulk.numerics import pin
-from pipelines.bulk.plan import job_uri
+from pipelines.bulk.plan import job_uri, plan_job
+from pipelines.bulk.stage import Done
 from pipelines.config import GenerateCommand, GenerateConfig, PipelineError, TraceConfig, VerifyConfig, parse
 from pipelines.image_sets import rejected_of, rows_of
 from pipelines.images import from_png, to_png
@@ -356,6 +359,34 @@ def test_rows_that_come_while_others_are_made_share_their_ticks_and_every_row_ge
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_while_a_shard_is_made_the_next_one_has_no_more_than_the_places_that_it_leaves_free(tiny_model):
+    worker = Worker(load_model(tiny_model), lanes=8, threads=1)
+    worker.engine = engine = Counting(worker.engine)
+    shared, own, others = Shared(worker), range(1, 11), range(11, 31)  # tickets
+    begun, count = [], engine.tick
+
+    def is_begun(ticket):
+        try:
+            return engine.progress(ticket).done > 0
+        except KeyError:
+            return True
+
+    def tick():
+        ended = count()
+        if any(end.ticket in own for end in ended):
+            begun.append(sum(map(is_begun, others)))
+        return ended
+
+    engine.tick = tick
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(shared.paint, [ImageRequest(seed=row, steps=50) for row in own])
+        assert engine.begun.wait(60)
+        pool.submit(shared.paint, [ImageRequest(seed=row, steps=50) for row in others]).result()
+        first.result()
+    assert begun == [0, 6]  # its own ten rows took all eight places, and then two
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_an_engine_that_breaks_tells_all_who_wait_and_goes_on_for_the_next(tiny_model):
     worker = Worker(load_model(tiny_model), lanes=8, threads=1)
     (expected,) = worker.paint([ImageRequest(seed=1, steps=2)])
@@ -372,3 +403,32 @@ def test_an_engine_that_breaks_tells_all_who_wait_and_goes_on_for_the_next(tiny_
         shared.paint([ImageRequest(seed=1, steps=2)])
     (end,) = shared.paint([ImageRequest(seed=1, steps=2)]).ends
     assert (end == expected).all()
+
+
+def test_the_drivers_memory_does_not_grow_with_the_table(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setattr("pipelines.bulk.plan._ROWS_IN_PART", 256)
+    peaks = []
+    for rows in (1_500, 4_500):
+        table = csv_of(tmp_path / f"{rows}.csv", ["class", "order"], [["cat", f"{row:01000}"] for row in range(rows)])
+        job = config(tmp_path, tiny_model, table=table, carry=["order"], shard_size=64)
+        tracemalloc.start()
+        assert plan_job(job, job_uri(job)).rows == rows
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 300_000  # the 3,000 rows more are 3 MB of text
+
+
+def test_a_shard_that_is_done_is_kept_in_few_bytes():
+    profile = {"device": "cpu", "torch": "2.13.0", "precision": "float32"}
+    record = {"part": {"name": "", "numerics": profile}, "spent": {"pictures": 1, "calls": 2, "seconds": 1, "bytes": 3}}
+    done = Done(Bill())
+    tracemalloc.start()
+    for shard in range(1000):
+        told = json.loads(json.dumps(record))
+        told["part"] |= {"name": f"part-{shard:05}-0123456789ab.parquet", "sha256": f"{shard:064}", "bytes": 9999}
+        done.add(shard, told)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held / 1000 < 1000
+    assert (done.bill.pictures, done.bill.calls, len(done.parts)) == (1000, 2000, 1000)
+    assert done.parts[999]["numerics"] == profile

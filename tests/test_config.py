@@ -1,7 +1,8 @@
 import pytest
 
 from pipelines import config
-from pipelines.config import DemoConfig, GenerateConfig, IngestConfig, PipelineError, TraceConfig, TrainConfig
+from pipelines.config import GenerateConfig, IngestConfig, PipelineError, TraceConfig, TrainConfig
+from pipelines.flow_config import DemoConfig
 
 
 def parse(kind, *flags):

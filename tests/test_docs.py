@@ -40,6 +40,9 @@ def test_every_command_that_is_shown_exists_with_its_settings(command):
         run = subprocess.run(["make", "--dry-run", *targets], cwd=ROOT, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr
         return
+    if words[1].startswith("infra/"):
+        importlib.import_module(words[1].removesuffix(".py").replace("/", ".")).flags().parse_args(words[2:])
+        return
     if words[1] == "flows.py":
         program, kind, flags = "flows.py", flows.FLOWS[words[2]][1], words[3:]
     else:
@@ -131,6 +134,7 @@ def test_a_command_with_a_wrong_setting_would_be_noticed():
 OTHERS_FLAGS = {
     "--build", "--build-arg", "--deadline-remaining-seconds", "--detach", "--file", "--filename", "--from-literal",
     "--rm", "--scale", "--tag", "--address", "--dashboard-host", "--metrics-export-port", "--port", "--generate",
+    "--all", "--no-prompt", "--params", "--pool", "--prefect-file", "--type", "--exclude",
     "--reason-message", "--expect",  # the last is a message's, with a gap behind
 }  # fmt: skip
 
@@ -157,6 +161,9 @@ def test_make_bench_runs_every_command_of_the_results():
 def test_flags_named_in_the_text_exist():
     kinds = [stage.flags for stage in STAGES.values()] + [kind for _, kind in flows.FLOWS.values()]
     known = {"--help", "--flags", "--generate"}
+    for script in ("up", "automations"):
+        parser = importlib.import_module(f"infra.{script}").flags()
+        known |= {flag for action in parser._actions for flag in action.option_strings}
     for benchmark in (ROOT / "benchmarks").glob("*.py"):
         known |= set(re.findall(r"--[a-z][a-z-]*[a-z]", benchmark.read_text().split('"""')[1]))
     for kind in kinds:

@@ -1,5 +1,7 @@
+import contextlib
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 
@@ -30,6 +32,13 @@ def python(*arguments, home):
     )
 
 
+def artifacts(home):
+    """What the flows of a Prefect home left to look at: the last data of every key."""
+    with contextlib.closing(sqlite3.connect(home / "prefect.db")) as base:
+        rows = base.execute("select key, data from artifact where key is not null order by created").fetchall()
+    return {key: json.loads(str(data)) for key, data in rows}
+
+
 @pytest.mark.timeout(600)
 def test_the_demo_goes_from_nothing_to_a_report_and_finds_its_results_again(tmp_path):
     store = tmp_path / "store"
@@ -51,6 +60,16 @@ def test_the_demo_goes_from_nothing_to_a_report_and_finds_its_results_again(tmp_
     assert "http" not in page.replace("http://www.w3.org", "").replace("https://matplotlib.org", "").replace(
         "http://purl.org", ""
     ).replace("http://creativecommons.org", ""), "the page opens from disk and asks nothing of the network"
+    kept = artifacts(tmp_path / "prefect")
+    stages = ("ingest", "train", "generate", "evaluate")
+    assert {
+        "report",
+        "promotion",
+        *(f"{stage}-{what}" for stage in stages for what in ("figures", "pictures", "progress")),
+    } <= set(kept)
+    assert {figure["figure"]: figure["value"] for figure in json.loads(kept["generate-figures"])}["made"] == "20"
+    assert "](data:image/png;base64," in kept["generate-pictures"]
+    assert float(kept["train-progress"]) == 100
     again = python("flows.py", "demo", "--store", str(store), *FLAGS, home=tmp_path / "prefect")
     assert again.returncode == 0, again.stdout + again.stderr
     for stage in ("draw", "ingest", "train", "generate", "evaluate"):

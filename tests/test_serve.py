@@ -182,6 +182,29 @@ def test_bulk_refuses_a_service_that_runs_another_model(url, tmp_path, tiny_mode
         bulk.run(job)
 
 
+def test_the_batch_that_is_shown_is_made_beside_the_service_and_fetched(url, live, tmp_path, monkeypatch):
+    page = (ROOT / "docs/bulk.md").read_text()
+    (block,) = [text for text in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "openai" in text]
+    (tmp_path / "orders.csv").write_text("class,seed,steps,order\n" + "".join(f"cat,{n},2,A-{n}\n" for n in range(5)))
+    monkeypatch.chdir(tmp_path)
+    told = {}
+    exec(block.replace("http://127.0.0.1:8000", url).replace("sleep(5)", "sleep(0.2)"), told)
+    batch = told["batch"]
+    assert batch.status == "completed", batch.errors
+    assert (batch.request_counts.completed, batch.request_counts.failed, batch.error_file_id) == (5, 0, None)
+    made = [json.loads(line) for line in (tmp_path / "pictures.jsonl").read_text().splitlines()]
+    assert [line["custom_id"] for line in made] == ["0", "1", "2", "3", "4"]
+    expected = load_worker(live).paint([ImageRequest(prompt="cat", seed=row, steps=2) for row in range(5)])
+    for line, pixels in zip(made, expected, strict=True):
+        (picture,) = line["response"]["body"]["data"]
+        assert np.array_equal(from_png(base64.b64decode(picture["b64_json"])), pixels)
+    manifest = storage.read_manifest(batch.images, "images")
+    assert manifest["model"]["uri"] == live
+    (part,) = manifest["parts"]
+    orders = pq.read_table(io.BytesIO(storage.read_part(batch.images, part)))["order"].to_pylist()
+    assert orders == [f"A-{n}" for n in range(5)]
+
+
 def test_a_port_in_use_is_refused(url, tiny_model):
     from pipelines import serve
 

@@ -1,6 +1,5 @@
 """What a job has cost: denoiser calls, device seconds and bytes, and the price of them."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,11 +63,3 @@ class Bill:
             "seconds": round(self.seconds, 3), "bytes": self.bytes, "per_picture": each,
             "price": self.price, "cost": self.cost,
         }  # fmt: skip
-
-
-def bill_of(records: Iterable[Record], price: float | None) -> Bill:
-    """The sums over shards that are done."""
-    bill = Bill(price)
-    for record in records:
-        bill.add(record)
-    return bill

@@ -12,7 +12,7 @@ from pipelines.config import PipelineError
 from pipelines.image_sets import Row, rejected_of, rows_of
 from pipelines.images import Limits, Pixels, decode, decode_alpha, fit, to_png
 from pipelines.progress import duration
-from pipelines.report import bytes_told, data_uri, grid, render
+from pipelines.report import Showing, bytes_told, data_uri, grid, render
 
 PAGE = "images.html"
 _COLUMNS, _PARTS, _ROWS_OF_PART = 12, 12, 8
@@ -27,7 +27,7 @@ def write_page(uri: str, manifest: dict[str, Any], bill: Bill) -> None:
     rows = list(_shown(uri, manifest))
     sheets: dict[str, tuple[str, int] | None] = {"sheet": None, "edits": None}
     if rows:
-        side = min(_THUMBNAIL, max(decode(rows[0]["image"]["bytes"], _LIMITS).image.size))
+        side = _side(rows)
         small = [_small(row["image"]["bytes"], side) for row in rows]
         sheets["sheet"] = _sheet(small, min(_COLUMNS, len(rows)))
         found = (pair for row in rows if (pair := _pair(row, side)) is not None)
@@ -35,6 +35,24 @@ def write_page(uri: str, manifest: dict[str, Any], bill: Bill) -> None:
             before, after = zip(*pairs, strict=True)
             sheets["edits"] = _sheet([*before, *after], len(pairs))
     storage.write_bytes(storage.join(uri, PAGE), _page(uri, manifest, bill, sheets).encode())
+
+
+def show(uri: str) -> Showing:
+    """What of a job is worth a look: its accounts and cost, and a contact sheet."""
+    manifest, bill = storage.read_manifest(uri, "images"), storage.read_json(storage.join(uri, "bill.json"))
+    figures = {name: f"{number:,}" for name, number in manifest["counts"].items()}
+    figures |= {"denoiser calls": f"{bill['calls']:,}", "device seconds": f"{bill['seconds']:,.1f}"}
+    figures |= {"stored": bytes_told(bill["bytes"])}
+    if bill["cost"] is not None:
+        figures["cost"] = f"{bill['cost']:.2f}"
+    rows = list(_shown(uri, manifest))
+    small = [_small(row["image"]["bytes"], _side(rows)) for row in rows]
+    pictures = {"pictures": to_png(grid(np.stack(small), min(_COLUMNS, len(rows))))} if rows else {}
+    return Showing(figures, pictures, storage.join(uri, PAGE))
+
+
+def _side(rows: list[Row]) -> int:
+    return min(_THUMBNAIL, max(decode(rows[0]["image"]["bytes"], _LIMITS).image.size)) if rows else _THUMBNAIL
 
 
 def _sheet(pictures: list[Pixels], columns: int) -> tuple[str, int]:

@@ -104,6 +104,8 @@ class Checker:
             return "bytes", value
         if not isinstance(value, str):
             raise RequestError(name, f"{type(value).__name__}; need an address, or bytes in a Parquet column")
+        if not self.config.addresses:
+            raise RequestError(name, "an address; here pictures come as bytes, in a column of a Parquet table")
         try:
             return "uri", resolve(self.table, value)
         except ValueError as error:

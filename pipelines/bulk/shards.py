@@ -4,7 +4,7 @@ import io
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,6 +21,7 @@ from pipelines.requests import ImageRequest, metadata
 Numerics = dict[str, str | int]
 Record = dict[str, Any]
 _AT_A_TIME = 32
+_READ_AHEAD = 1024
 _METADATA = "metadata.jsonl"
 _RECORDS = f"{STAGING}/shards"
 
@@ -74,18 +75,17 @@ def record_of(uri: str, shard: int) -> Record | None:
     return found
 
 
-def committed(uri: str) -> dict[int, Record]:
+def committed(uri: str) -> Iterator[tuple[int, Record]]:
     """Records of the shards that earlier runs wrote and that still lie there, by one listing of the job's folder."""
-    listed = storage.list_if_any(uri)
-    sizes = {info.uri.removeprefix(f"{uri}/"): info.size for info in listed}
+    sizes = {info.uri.removeprefix(f"{uri}/"): info.size for info in storage.list_if_any(uri)}
     names = [name for name in sizes if name.startswith(f"{_RECORDS}/")]
     with ThreadPoolExecutor(_AT_A_TIME) as pool:
-        records = pool.map(lambda name: storage.read_json(storage.join(uri, name)), names)
-        return {
-            int(name.removeprefix(f"{_RECORDS}/").removesuffix(".json")): record
-            for name, record in zip(names, records, strict=True)
-            if all(sizes.get(part["name"]) == part["bytes"] for part in _parts(record))
-        }
+        for first in range(0, len(names), _READ_AHEAD):
+            some = names[first : first + _READ_AHEAD]
+            records = pool.map(lambda name: storage.read_json(storage.join(uri, name)), some)
+            for name, record in zip(some, records, strict=True):
+                if all(sizes.get(part["name"]) == part["bytes"] for part in _parts(record)):
+                    yield int(name.removeprefix(f"{_RECORDS}/").removesuffix(".json")), record
 
 
 def write_metadata(uri: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

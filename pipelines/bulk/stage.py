@@ -2,17 +2,18 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipelines import __version__, storage
-from pipelines.bulk.bill import Bill, bill_of
+from pipelines.bulk.bill import Bill
 from pipelines.bulk.job import STAGING, Job
 from pipelines.bulk.metrics import BulkMetrics
 from pipelines.bulk.page import PAGE, write_page
 from pipelines.bulk.painting import Made, through_actors
 from pipelines.bulk.plan import job_uri, plan_job
 from pipelines.bulk.service import through_service
-from pipelines.bulk.shards import Record, committed, write_metadata
+from pipelines.bulk.shards import Numerics, Record, committed, write_metadata
 from pipelines.config import GenerateConfig, InterruptedRunError, Outcome, PipelineError, what
 from pipelines.progress import Progress, print_line
 
@@ -37,36 +38,52 @@ def run(config: GenerateConfig) -> Outcome:
     job = plan_job(config, job_uri(config))
     if config.format == "png" and job.rows > _MOST_PNGS:
         raise PipelineError(f"--format png is for sets up to {_MOST_PNGS} pictures, not {job.rows}; take webdataset")
-    records: dict[int, Record] = {}
+    done = Done(Bill(config.price))
     try:
-        records |= committed(job.uri)
-        bill = _make(job, records)
-        return _publish(job, [records[shard]["part"] for shard in range(job.shards)], bill)
+        _make(job, done)
+        return _publish(job, [done.parts[shard] for shard in range(job.shards)], done.bill)
     except KeyboardInterrupt as error:
-        raise InterruptedRunError(f"generate: stopped; {_kept(job, records)}") from error
+        raise InterruptedRunError(f"generate: stopped; {_kept(job, done)}") from error
     except Exception:
         # Another run of the same job may have finished it and cleared the staging folder under this one's hands.
         if storage.is_published(job.uri):
             return _told_found(job)
-        if records:
-            print_line(f"generate: {_kept(job, records)}")
+        if done.parts:
+            print_line(f"generate: {_kept(job, done)}")
         raise
 
 
-def _make(job: Job, records: dict[int, Record]) -> Bill:
-    """Add the records of the shards that are missing to those that are there; what all of them cost."""
-    bill, metrics = bill_of(records.values(), job.config.price), BulkMetrics(job.config.name)
+@dataclass
+class Done:
+    """What is done of a job: the bill, and of each shard its entry in the manifest alone, as there may be millions."""
+
+    bill: Bill
+    parts: dict[int, dict[str, Any]] = field(default_factory=dict)
+    numerics: Numerics = field(default_factory=dict)
+
+    def add(self, shard: int, record: Record) -> None:
+        """Add a shard; all have one numerics profile, which is kept once."""
+        self.bill.add(record)
+        part = record["part"]
+        if part["numerics"] == self.numerics:
+            part = {**part, "numerics": self.numerics}
+        self.numerics, self.parts[shard] = part["numerics"], part
+
+
+def _make(job: Job, done: Done) -> None:
+    """Find what earlier runs made, and make the shards that are missing."""
+    for shard, record in committed(job.uri):
+        done.add(shard, record)
+    bill, metrics = done.bill, BulkMetrics(job.config.name)
     progress = Progress("generate", job.rows, "rows" if job.table else "pictures", done=bill.rows)
     _check_rejected(job, bill)
     metrics.tell(bill, job.rows)
-    missing = [shard for shard in range(job.shards) if shard not in records]
+    missing = [shard for shard in range(job.shards) if shard not in done.parts]
     for shard, record in _PAINT[job.config.via](job, missing):
-        records[shard] = record
-        bill.add(record)
+        done.add(shard, record)
         metrics.tell(bill, job.rows)
         progress.update(bill.rows, bill.figures(job.rows))
         _check_rejected(job, bill)
-    return bill
 
 
 def _check_rejected(job: Job, bill: Bill) -> None:
@@ -114,9 +131,10 @@ def _summary(job: Job, manifest: dict[str, Any], bill: Bill) -> Iterator[str]:
     yield f"generate: {bill.figures(job.rows)}; look at it: {storage.join(job.uri, PAGE)}"
 
 
-def _kept(job: Job, records: dict[int, Record]) -> str:
+def _kept(job: Job, done: Done) -> str:
     """What there is to go on from."""
-    return f"{len(records)} of {job.shards} shards are done and kept at {job.uri}; give the same command again to go on"
+    count = f"{len(done.parts)} of {job.shards} shards"
+    return f"{count} are done and kept at {job.uri}; give the same command again to go on"
 
 
 def _told_found(job: Job) -> Outcome:

@@ -71,7 +71,7 @@ def _parquet(uri: str, path: str, carry: list[str]) -> Iterator[Read]:
         with pq.ParquetFile(path, buffer_size=_BLOCK_BYTES, pre_buffer=False) as file:
             check_columns(uri, file.schema_arrow.names, carry)
             check_carried(uri, file.schema_arrow.names, carry)
-            for batch in file.iter_batches(_ROWS_AT_A_TIME):
+            for batch in file.iter_batches(_ROWS_AT_A_TIME, use_threads=False):  # each would keep memory of its own
                 for row in batch.to_pylist():
                     yield row, ""
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

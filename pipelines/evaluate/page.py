@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 from pipelines import storage
-from pipelines.report import data_uri, drawn, inline, plot, render
+from pipelines.report import Showing, data_uri, drawn, inline, plot, render
 
 Better = Literal["less", "more", ""]
+PAGE = "evaluation.html"
+_SHOWN = ("training", "samples", "inpainted-box")
 _HEIGHT = 3.2  # of plots, inches
 # Path of a figure, what it is called, and which way is better.
 _ROWS: tuple[tuple[str, str, Better], ...] = (
@@ -58,6 +60,14 @@ def write_page(uri: str, other: str | None, name: str) -> str:
     address = storage.join(uri, name)
     storage.write_bytes(address, page.encode())
     return address
+
+
+def show(uri: str) -> Showing:
+    """What of an evaluation is worth a look: its figures with their intervals, and its pictures."""
+    evaluation = storage.read_manifest(uri, "evaluation")
+    figures = {row.title: row.texts[0] for row in _rows([evaluation])}
+    pictures = {name: storage.read_part(uri, evaluation["pictures"][name]) for name in _SHOWN}
+    return Showing(figures, pictures, storage.join(uri, PAGE))
 
 
 def figure_text(figure: Any) -> str:

@@ -12,7 +12,7 @@ from pipelines.dataset import Dataset, Rows, open_dataset
 from pipelines.evaluate.editing import editing_figures, editing_grids
 from pipelines.evaluate.heldout import HELDOUT, heldout_figures
 from pipelines.evaluate.orders import edits_of, orders_of
-from pipelines.evaluate.page import write_page
+from pipelines.evaluate.page import PAGE, write_page
 from pipelines.evaluate.painting import paint
 from pipelines.evaluate.quality import (
     Reference,
@@ -132,7 +132,7 @@ def _against(config: EvaluateConfig) -> EvaluateConfig:
 
 
 def _page_name(config: EvaluateConfig) -> str:
-    return f"against-{_model_digest(config.against)[:16]}.html" if config.against else "evaluation.html"
+    return f"against-{_model_digest(config.against)[:16]}.html" if config.against else PAGE
 
 
 def _model_digest(uri: str) -> str:

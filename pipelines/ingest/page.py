@@ -14,11 +14,13 @@ from pipelines.images import from_png, stored, to_png
 from pipelines.ingest.plan import shown_of
 from pipelines.ingest.shards import pictures
 from pipelines.ingest.units import to_parquet
-from pipelines.report import bytes_told, data_uri, grid, render
+from pipelines.report import Showing, bytes_told, data_uri, grid, render
 
 _THUMBNAIL = 64
 _COLUMNS = 12
 _SHEETS = 100
+_SHOWN = 4
+PAGE = "dataset.html"
 _REASONS = {
     "undecodable": "the bytes are no picture, are damaged or cut short",
     "too_small": "a side is shorter than --min-side",
@@ -51,8 +53,19 @@ def add_pages(
             sheets[name] = (storage.put_part(uri, f"contact/class-{number:03}", ".png", picture), picture)
     manifest = {**manifest, "thumbnails": part, "contact": {name: sheet for name, (sheet, _) in sheets.items()}}
     html = _page(manifest, uri, {name: png for name, (_, png) in sheets.items()})
-    storage.write_bytes(storage.join(uri, "dataset.html"), html.encode())
+    storage.write_bytes(storage.join(uri, PAGE), html.encode())
     return manifest
+
+
+def show(uri: str) -> Showing:
+    """What of a dataset is worth a look: its accounts, and contact sheets of its largest classes."""
+    manifest = storage.read_manifest(uri, "dataset")
+    counts = {name: f"{number:,}" for name, number in manifest["counts"].items()}
+    side = f"{manifest['resolution']} x {manifest['resolution']}"
+    figures = {**counts, "classes": str(len(manifest["classes"])), "pixels": side}
+    shown = list(manifest["contact"].items())[:_SHOWN]
+    pictures = {name or "without a class": storage.read_part(uri, part) for name, part in shown}
+    return Showing(figures, pictures, storage.join(uri, PAGE))
 
 
 def _thumbnails(

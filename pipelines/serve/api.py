@@ -18,6 +18,7 @@ from pipelines.frame import Frame
 from pipelines.images import LONGEST_SIDE
 from pipelines.requests import ImageRequest, RequestError, open_request
 from pipelines.serve.answers import ErrorAnswer, ImagesAnswer, Making, describe, event
+from pipelines.serve.batch_api import Desk, add_batches
 from pipelines.serve.catalogue import Catalogue, Version
 from pipelines.serve.dispatch import Dispatcher, pictures
 from pipelines.serve.errors import RefusedError, add_handlers, error_body, refusal_body
@@ -57,20 +58,24 @@ class Service:
     dispatcher: Dispatcher
     ring: KeyRing
     metrics: RequestMetrics
+    desk: Desk | None = None
 
 
 def create_api(service: Service) -> fastapi.FastAPI:
     """The application of a service."""
     api = fastapi.FastAPI(title="Image diffusion service", version=__version__, responses=_ERRORS)
     add_handlers(api)
-    api.add_middleware(Guard, ring=service.ring, max_body=int(service.config.max_body))
+    limits = {"max_body": int(service.config.max_body), "max_file": int(service.config.max_file)}
+    api.add_middleware(Guard, ring=service.ring, **limits)
     if service.config.origin:
-        methods, headers = ["GET", "POST"], ["Authorization", "Content-Type"]
+        methods, headers = ["GET", "POST", "DELETE"], ["Authorization", "Content-Type"]
         origins = service.config.origin
         api.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=headers)
     add_page(api)
     _add_state(api, service)
     _add_images(api, service)
+    if service.desk is not None:
+        add_batches(api, service.desk)
     document = api.openapi
 
     def openapi() -> dict[str, Any]:

@@ -10,11 +10,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipelines.serve.errors import refusal_answer, status_answer
-from pipelines.serve.keys import Key, KeyRing
+from pipelines.serve.keys import Key, KeyRing, anybody
 from pipelines.worker.loop import Refusal
 
-# Seconds in which the whole of a request must have arrived
-_ARRIVAL_S = 60.0
+# Seconds in which the whole of a request must have arrived, and of an upload
+_ARRIVAL_S, _UPLOAD_S = 60.0, 600.0
+UPLOADS = "/v1/files"
 # What anybody may see: whether the service is there, and the files of its page
 _OPEN, _OPEN_BELOW = ("/", "/healthz", "/readyz"), "/page/"
 _SENDER = "sender"
@@ -24,12 +25,13 @@ _SENDER = "sender"
 class Guard:
     """Lets through what has a known key and is not too large; ASGI middleware.
 
-    Without keys everybody may ask, and is told apart by address.
+    Without keys everybody may ask, and is told apart by address. Uploaded tables may have `max_file` bytes.
     """
 
     app: ASGIApp
     ring: KeyRing
     max_body: int
+    max_file: int
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it with what is wrong."""
@@ -37,18 +39,20 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        is_upload = scope["path"] == UPLOADS
+        limit, patience = (self.max_file, _UPLOAD_S) if is_upload else (self.max_body, _ARRIVAL_S)
         key = self.ring.find(headers.get("authorization")) if self.ring.keys else _nobody(scope)
         if key is None:
             told = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
             await status_answer(401, told, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
-        elif _length(headers) > self.max_body:
-            await status_answer(413, _too_large(self.max_body))(scope, receive, send)
+        elif _length(headers) > limit:
+            await status_answer(413, _too_large(limit))(scope, receive, send)
         elif (forbidden := self.ring.enter(key)) is not None:
             await refusal_answer(Refusal("rate_limit", forbidden, 1.0))(scope, receive, send)
         else:
             scope.setdefault("state", {})[_SENDER] = key
             try:
-                await self.app(scope, _Counted(receive, self.max_body, time.monotonic() + _ARRIVAL_S), send)
+                await self.app(scope, _Counted(receive, limit, patience), send)
             finally:
                 self.ring.leave(key)
 
@@ -62,8 +66,9 @@ def sender(scope: Mapping[str, Any]) -> Key:
 class _Counted:
     """The parts of a body as they come. Raises HTTPException where they are too many, or late."""
 
-    def __init__(self, receive: Receive, limit: int, until: float) -> None:
-        self.receive, self.limit, self.until = receive, limit, until
+    def __init__(self, receive: Receive, limit: int, patience: float) -> None:
+        self.receive, self.limit, self.patience = receive, limit, patience
+        self.until = time.monotonic() + patience
         self.taken, self.whole = 0, False
 
     async def __call__(self) -> Message:
@@ -72,7 +77,7 @@ class _Counted:
         try:
             message = await asyncio.wait_for(self.receive(), max(0.0, self.until - time.monotonic()))
         except TimeoutError as error:
-            raise HTTPException(408, f"the request did not arrive within {_ARRIVAL_S:g} s") from error
+            raise HTTPException(408, f"the request did not arrive within {self.patience:g} s") from error
         self.taken += len(message.get("body", b""))
         if self.taken > self.limit:
             raise HTTPException(413, _too_large(self.limit))
@@ -88,7 +93,7 @@ def _is_open(path: str) -> bool:
 def _nobody(scope: Scope) -> Key:
     """Whoever asks where no keys are asked for: an address."""
     host = (scope.get("client") or ("unknown", 0))[0]
-    return Key(name=str(host), sha256="0" * 64)
+    return anybody(str(host))
 
 
 def _length(headers: Mapping[str, str]) -> int:
@@ -98,4 +103,4 @@ def _length(headers: Mapping[str, str]) -> int:
 
 
 def _too_large(limit: int) -> str:
-    return f"the request is larger than {limit} bytes; send smaller pictures"
+    return f"the request is larger than {limit} bytes; send smaller pictures, or fewer rows"

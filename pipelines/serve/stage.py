@@ -2,35 +2,43 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import threading
+import time
 from typing import Any
 
 import fastapi
+import ray
 import yaml
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from pipelines.config import Outcome, PipelineError, ServeConfig, to_values
+from pipelines.config import AwayError, Outcome, PipelineError, ServeConfig, to_values
 from pipelines.images import Pixels
 from pipelines.model import load_model
 from pipelines.requests import ImageRequest, Opened, opened_or_refused
 from pipelines.serve.api import Service, create_api
+from pipelines.serve.batch_api import Desk
+from pipelines.serve.batches import Batches
 from pipelines.serve.catalogue import Catalogue, Source, Version, open_version, sources
 from pipelines.serve.dispatch import Dispatcher, pictures, through_serve
 from pipelines.serve.keys import KeyRing, read_keys
 from pipelines.serve.metrics import RequestMetrics
 from pipelines.serve.replica import EngineReplica, EngineSettings
+from pipelines.serve.runner import Runner
 from pipelines.serve.scaling import LoadPolicy
-from pipelines.storage import normalise
+from pipelines.serve.uploads import Uploads
+from pipelines.storage import StorageError, normalise
 from pipelines.worker import gpus_of_a_worker
 from pipelines.worker.loop import Order
 
 _ONGOING = 1024
 _LOOK_BACK_S = 15.0
 _HEALTH_S = 2.0
+_MISSED = 15
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 # What `serve deploy` reads: where the application is, and what it is given
 _IMPORT_PATH = "pipelines.serve:build"
@@ -49,10 +57,14 @@ class Ingress:
         metrics = RequestMetrics()
         dispatcher = Dispatcher(through_serve(engines), config.retries, metrics.retry)
         ring = KeyRing(read_keys(config.key_file) if config.key_file else [], config.ingress_replicas)
-        self.service = Service(config, Catalogue(sources(config), self._prepare), dispatcher, ring, metrics)
+        catalogue, batches = Catalogue(sources(config), self._prepare), Batches(normalise(config.store))
+        uploads, app = Uploads(batches.store, config.max_rows), serve.get_replica_context().app_name
+        desk = Desk(uploads, batches, catalogue, app, config.callback) if config.batches else None
+        self.service = Service(config, catalogue, dispatcher, ring, metrics, desk)
         self._others: dict[str, Version] = {}
-        await self.service.catalogue.refresh()
-        self._watching = asyncio.create_task(self.service.catalogue.watch(config.watch))
+        await catalogue.refresh()
+        runner = Runner(batches, config.batches, config.watch, _environment(), _leads)
+        self._watching = [asyncio.create_task(each) for each in (catalogue.watch(config.watch), runner.watch())]
 
     def __serve_build_asgi_app__(self) -> fastapi.FastAPI:
         return create_api(self.service)
@@ -75,6 +87,10 @@ class Ingress:
                 at, each = part[end.place]
                 found[at] = each.answer(end.pixels) if end.pixels is not None else str(end.error)
         return [found[at] for at in range(len(requests))]
+
+    async def is_there(self) -> bool:
+        """Says so, whatever the engines do."""
+        return True
 
     async def describe_model(self, model: str) -> dict[str, Any]:
         """What the version at the URI `model` is, and the numerics profile of an engine that has it."""
@@ -121,6 +137,16 @@ class Ingress:
             return str(error)
         except (RayError, RayServeException) as error:
             return f"{version.uri}: the engine that should load it died ({type(error).__name__})"
+
+
+def _leads() -> bool:
+    """Whether this is the one of the ingresses that has batches made."""
+    return bool(serve.get_replica_context().rank.rank == 0)
+
+
+def _environment() -> dict[str, str]:
+    """The environment of a command that is to be part of this Ray."""
+    return {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
 
 
 def build(arguments: dict[str, Any]) -> Any:
@@ -202,6 +228,8 @@ def run(config: ServeConfig) -> Outcome:
     """Serve until interrupted; or write the configuration for `serve deploy`."""
     if config.to is not None:
         return _write(config, config.to)
+    if config.wait:
+        _wait_for_models(config)
     url = start(config)
     if config.host not in ("127.0.0.1", "localhost", "::1") and not config.key_file:
         print(f"serve: no --key-file: whoever reaches {config.host}:{config.port} may use it", flush=True)
@@ -209,10 +237,35 @@ def run(config: ServeConfig) -> Outcome:
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
-    stopped.wait()
+    while not stopped.wait(_HEALTH_S):
+        _check_answers(config.host, int(url.rsplit(":", 1)[1]), stopped)
     print("serve: stopping; what runs may end", flush=True)
     stop()
     return Outcome(uri=url, found=False)
+
+
+def _wait_for_models(config: ServeConfig) -> None:
+    """Wait until every model that is named has a version."""
+    for source in sources(config):
+        told = ""
+        while True:
+            try:
+                source.current()
+                break
+            except StorageError as error:
+                if str(error) != told:
+                    told = str(error)
+                    print(f"serve: waiting: {told}", flush=True)
+            time.sleep(config.watch)
+
+
+def _check_answers(host: str, port: int, stopped: threading.Event) -> None:
+    """Raise AwayError where nothing takes connections any more: the Ray that this service ran on is gone."""
+    for _ in range(_MISSED):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1" if host == "0.0.0.0" else host, port)) == 0 or stopped.wait(_HEALTH_S):
+                return
+    raise AwayError(f"{host}:{port}: the service is gone, and with it perhaps its Ray; start it again")
 
 
 def find(_: ServeConfig) -> None:
@@ -221,7 +274,9 @@ def find(_: ServeConfig) -> None:
 
 def deployed(config: ServeConfig) -> dict[str, Any]:
     """The configuration that `serve deploy` and KubeRay's serveConfigV2 take."""
-    arguments = {name: value for name, value in to_values(config).items() if name not in ("to", "host", "port", "app")}
+    arguments = {
+        name: value for name, value in to_values(config).items() if name not in ("to", "wait", "host", "port", "app")
+    }
     application_ = {"name": config.app, "route_prefix": "/", "import_path": _IMPORT_PATH, "args": arguments}
     return {
         "proxy_location": "EveryNode",

@@ -1,5 +1,7 @@
 """A model folder from the state of a run: averages, samples, curves, card."""
 
+import json
+
 import torch
 from torch import Tensor
 
@@ -11,14 +13,15 @@ from diffusion_core.unet import UNet
 from pipelines import storage
 from pipelines.checkpoint import whole
 from pipelines.images import Pixels, to_bytes, to_png
-from pipelines.model import Publication, publish_model
-from pipelines.report import grid
+from pipelines.model import Publication, model_digest, publish_model, read_file
+from pipelines.report import Showing, grid, loss_curve
 from pipelines.train.plan import made_by, parent_digest, published
 from pipelines.train.session import Session
 
 _COLUMNS = 8
 _SEED = 7
 _GUIDANCE = 2.0
+_LOSSES = {"training": "curve", "held-out": "validation"}
 
 
 def publish(session: Session) -> str:
@@ -38,6 +41,18 @@ def publish(session: Session) -> str:
         pictures = to_png(draw(session, averages[config.ema[0]]))
         publish_model(folder, Publication(state.denoiser.config, averages, lineage, curves, pictures))
     return folder
+
+
+def show(uri: str) -> Showing:
+    """What of a model is worth a look: how it was trained, its samples and its curve."""
+    manifest = storage.read_manifest(uri, "model")
+    curves = json.loads(read_file(uri, manifest, "curve.json"))
+    figures = {"steps": f"{manifest['lineage'].get('step', 0):,}", "digest": model_digest(manifest)[:16]}
+    figures |= {f"{kind} loss": f"{curves[name][-1][1]:.4f}" for kind, name in _LOSSES.items() if curves.get(name)}
+    pictures = {"loss": loss_curve(**curves, kind="png")}
+    if any(part["name"] == "samples.png" for part in manifest["parts"]):
+        pictures = {"samples": read_file(uri, manifest, "samples.png"), **pictures}
+    return Showing(figures, pictures)
 
 
 def draw(session: Session, weights: dict[str, Tensor]) -> Pixels:

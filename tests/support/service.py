@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,10 +11,14 @@ import uvicorn
 from pipelines.config import ServeConfig
 from pipelines.model import load_model
 from pipelines.serve.api import Service, create_api
+from pipelines.serve.batch_api import Desk
+from pipelines.serve.batches import Batches
 from pipelines.serve.catalogue import Catalogue, sources
 from pipelines.serve.dispatch import Dispatcher
 from pipelines.serve.keys import KeyRing, read_keys
 from pipelines.serve.metrics import RequestMetrics
+from pipelines.serve.runner import Runner
+from pipelines.serve.uploads import Uploads
 from pipelines.worker import Worker
 from pipelines.worker.loop import TickLoop
 
@@ -60,7 +65,17 @@ class LocalService:
         await catalogue.refresh()
         dispatcher = Dispatcher(lambda _, order: self.loop.make(order), self.config.retries)
         ring = KeyRing(read_keys(self.config.key_file) if self.config.key_file else [])
-        return Service(self.config, catalogue, dispatcher, ring, RequestMetrics())
+        return Service(self.config, catalogue, dispatcher, ring, RequestMetrics(), self._desk(catalogue))
+
+    def _desk(self, catalogue):
+        """Takes batches where a store was named; `runner` makes them, once it is told by which command."""
+        if "store" not in self.config.model_fields_set:
+            return None
+        batches = Batches(self.config.store)
+        self.runner = Runner(batches, self.config.batches, 0.05, dict(os.environ))
+        return Desk(
+            Uploads(self.config.store, self.config.max_rows), batches, catalogue, self.config.app, self.config.callback
+        )
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """A stage as a command in a session of its own: started, waited for, killed in part or as a whole."""
 
+import contextlib
 import os
 import re
 import signal
@@ -47,3 +48,29 @@ def kill_one(session, title):
         except (OSError, ValueError):
             continue
     return 0
+
+
+def family(pid):
+    """A process and all that it started, and those started, as far as they are still its own."""
+    parents = {}
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    found = [pid]
+    for each in found:
+        found += [child for child, parent in parents.items() if parent == each]
+    return found
+
+
+def kill_marked(mark, title):
+    """SIGKILL all processes whose environment has the text `mark` and whose command line the pattern `title`."""
+    killed = 0
+    for folder in Path("/proc").iterdir():
+        try:
+            told = (folder / "cmdline").read_bytes().decode()
+            if folder.name.isdigit() and re.search(title, told) and mark.encode() in (folder / "environ").read_bytes():
+                os.kill(int(folder.name), signal.SIGKILL)
+                killed += 1
+        except (OSError, ValueError):
+            continue
+    return killed
