@@ -109,7 +109,16 @@ def test_no_port_of_a_ray_node_does_anything_without_the_token(tmp_path):
         assert "ray_" in figures, "figures are open, as docs/security.md says"
 
 
-def test_prefect_does_nothing_without_its_password(tmp_path):
+def deployed(**environment):
+    """Whether the command of infra/compose.yaml puts the flows onto the server."""
+    run = subprocess.run(
+        [PROGRAMS / "prefect", "deploy", "--all", "--prefect-file", "infra/prefect.yaml"], cwd=ROOT,
+        env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+    return run.returncode == 0
+
+
+def test_prefect_does_nothing_without_its_password_and_takes_the_flows_with_it(tmp_path):
     port = four_free_ports()
     settings = {"PREFECT_SERVER_API_AUTH_STRING": "images:secret", "PREFECT_API_AUTH_STRING": "images:secret",
                 "PREFECT_HOME": str(tmp_path)}  # fmt: skip
@@ -120,3 +129,11 @@ def test_prefect_does_nothing_without_its_password(tmp_path):
         assert status("POST", f"{here}/deployments/filter") == 401
         told = "Basic " + base64.b64encode(b"images:secret").decode()
         assert status("POST", f"{here}/flows/filter", authorization=told) == 200
+        place = {"PROJECT": str(ROOT), "STORE": "s3://images/store", "MODEL_NAME": "cartoons", "CLUSTER": "http://head:8265",
+                 "SOURCE": "s3://images/incoming", "PREFECT_CLI_PROMPT": "false", "PREFECT_API_URL": here}  # fmt: skip
+        pool = ["work-pool", "create", "image-diffusion", "--type", "process"]
+        subprocess.run([PROGRAMS / "prefect", *pool], env={**os.environ, **place, **settings}, check=True, timeout=240)
+        assert not deployed(**place, **{**settings, "PREFECT_API_AUTH_STRING": "images:wrong"})
+        assert deployed(**place, **settings)
+        answer = httpx.post(f"{here}/deployments/filter", json={}, headers={"authorization": told}, timeout=20).json()
+        assert {"nightly", "train", "pipeline"} <= {deployment["name"] for deployment in answer}
