@@ -173,6 +173,13 @@ def check_commands(folder):
     assert seen == {"python", "ray", "serve", "prefect"}
 
 
+def check_pools(folder):
+    """Workers poll the pool that the deployments are in; the files that commands name are in the image."""
+    pool = yaml.safe_load((folder / "prefect.yaml").read_text())["definitions"]["pool"]["name"]
+    polled = {words[words.index("--pool") + 1] for _, words in commands(folder) if "--pool" in words}
+    assert polled == {pool}, f"workers poll {polled}, but deployments are in {pool}"
+
+
 def _parts(words):
     """The commands of a line, those of `sh -c` one by one."""
     if words[:2] != ["sh", "-c"]:
@@ -185,6 +192,8 @@ def _check_command(words):
     match words:
         case ["python", "-m", "pipelines", "--help"]:
             return
+        case ["python", script] if script.startswith("/app/"):
+            assert (ROOT / script.removeprefix("/app/")).is_file(), f"no file {script}"
         case ["python", "-m", "pipelines", stage, *flags]:
             parse(STAGES[stage].flags, "pipelines", flags)
         case ["ray", name, *flags]:
@@ -240,6 +249,7 @@ def known_variables():
     for _, told, *_ in BOTOCORE_DEFAUT_SESSION_VARIABLES.values():
         names |= set(told if isinstance(told, list) else [told])
     names |= {EnvProvider.ACCESS_KEY, EnvProvider.SECRET_KEY}
+    names |= set(re.findall(r"\$([A-Z_]+) ", (ROOT / "infra/prefect.yaml").read_text()))
     return names | set(_get_settings_fields(Settings)) | {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"}
 
 
