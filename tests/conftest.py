@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import signal
@@ -46,21 +47,30 @@ def s3_environment(tmp_path_factory):
     if not SWIFT.exists():
         yield None
         return
+    with s3_server(tmp_path_factory.mktemp("swift")) as environment:
+        yield environment
+
+
+@contextlib.contextmanager
+def s3_server(folder, address="127.0.0.1"):
+    """A real S3 endpoint that listens on an address; its environment is set for this process and what it starts."""
     port = four_free_ports()
-    command = [str(SWIFT), str(ROOT / "tests/support/swift_s3.py"), str(tmp_path_factory.mktemp("swift")), str(port)]
+    command = [str(SWIFT), str(ROOT / "tests/support/swift_s3.py"), str(folder), str(port), address]
     environment = {
         "AWS_ACCESS_KEY_ID": "test:tester",
         "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ENDPOINT_URL": f"http://{address}:{port}",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, pytest.MonkeyPatch.context() as patch:
-        assert process.stdout is not None
-        assert process.stdout.readline().startswith("ready"), "the S3 endpoint did not start"
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        yield environment
-        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith("ready"), "the S3 endpoint did not start"
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            yield environment
+        finally:
+            process.send_signal(signal.SIGTERM)
 
 
 @pytest.fixture(scope="session")

@@ -33,12 +33,14 @@ PATIENCE_S = 240.0
 class Run:
     """`python -m pipelines STAGE`: a session of processes, and what it has printed."""
 
+    program = ("-m", "pipelines")
+
     def __init__(self, folder, *flags, **environment):
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / f"log-{len(list(folder.glob('log-*')))}"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pipelines", *map(str, flags)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                [sys.executable, *self.program, *map(str, flags)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
                 env={**os.environ, "RAY_AUTH_MODE": "disabled", **environment}, start_new_session=True,
             )  # fmt: skip
 
@@ -145,7 +147,7 @@ class Result:
 
     def __init__(self, output):
         self.model = re.findall(r"^train: (\S+/published/step-\d+)$", output, flags=re.M)[-1]
-        self.run = self.model.rsplit("/published/", 1)[0]
+        self.run, self.step = self.model.rsplit("/published/", 1)
 
     @property
     def weights(self):
@@ -154,7 +156,7 @@ class Result:
     @property
     def bits(self):
         """Digests of the model's files and of the state (weights, averages, optimiser), and the curves."""
-        state = storage.read_manifest(f"{self.run}/checkpoints/step-{STEPS:07}", "checkpoint")
+        state = storage.read_manifest(f"{self.run}/checkpoints/{self.step}", "checkpoint")
         # The metadata of torch.distributed.checkpoint carry a random number of each writing.
         parts = {part["file"]: part["sha256"] for part in state["parts"] if part["file"] != ".metadata"}
         files = ("model.safetensors", "config.json", "curve.json", "samples.png")

@@ -1,6 +1,9 @@
-"""A real S3 endpoint on loopback: OpenStack Swift on one node with its S3 API.
+"""A real S3 endpoint: OpenStack Swift on one node with its S3 API.
 
-usage: PYTHON_WITH_SWIFT swift_s3.py ROOT PORT    takes the ports PORT to PORT+3; SIGTERM stops all; ROOT keeps the data
+usage: PYTHON_WITH_SWIFT swift_s3.py ROOT PORT [ADDRESS]
+
+Takes the ports PORT to PORT+3: the first, which speaks S3, on ADDRESS (127.0.0.1), the others on loopback. SIGTERM
+stops all; ROOT keeps the data.
 
 Key test:tester, secret testing, region us-east-1, path-style addressing.
 """
@@ -35,9 +38,9 @@ def section(name: str, values: dict[str, object]) -> str:
     return f"[{name}]\n" + "".join(f"{key} = {value}\n" for key, value in values.items())
 
 
-def common(root: Path, server: str, port: int) -> str:
+def common(root: Path, server: str, port: int, address: str = "127.0.0.1") -> str:
     values = {
-        "bind_ip": "127.0.0.1",
+        "bind_ip": address,
         "bind_port": port,
         "swift_dir": root / "etc",
         "user": getpass.getuser(),
@@ -67,7 +70,7 @@ def storage_server(root: Path, server: str, port: int) -> str:
     )
 
 
-def proxy_server(root: Path, port: int) -> str:
+def proxy_server(root: Path, port: int, address: str) -> str:
     app = {
         "use": "egg:swift#proxy",
         "account_autocreate": "true",
@@ -75,7 +78,7 @@ def proxy_server(root: Path, port: int) -> str:
         "node_timeout": 60,
     }
     parts = [
-        common(root, "proxy", port),
+        common(root, "proxy", port, address),
         section("pipeline:main", {"pipeline": f"{FILTERS} proxy-server"}),
         section("app:proxy-server", app),
     ]
@@ -85,14 +88,14 @@ def proxy_server(root: Path, port: int) -> str:
     return "".join(parts)
 
 
-def write_files(root: Path, ports: dict[str, int]) -> None:
+def write_files(root: Path, ports: dict[str, int], address: str) -> None:
     for folder in ("etc", "srv/d1", "run", "log", "cache"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     hashing = {"swift_hash_path_suffix": "local", "swift_hash_path_prefix": "local"}
     policy = {"name": "Policy-0", "default": "yes"}
     (root / "etc/swift.conf").write_text(section("swift-hash", hashing) + section("storage-policy:0", policy))
     for server, port in ports.items():
-        text = proxy_server(root, port) if server == "proxy" else storage_server(root, server, port)
+        text = proxy_server(root, port, address) if server == "proxy" else storage_server(root, server, port)
         (root / f"etc/{server}-server.conf").write_text(text)
 
 
@@ -124,11 +127,11 @@ def start(root: Path, server: str) -> subprocess.Popen[bytes]:
         )
 
 
-def is_ready(ports: dict[str, int]) -> bool:
+def is_ready(ports: dict[str, int], address: str) -> bool:
     try:
-        for port in ports.values():
-            socket.create_connection(("127.0.0.1", port), 1).close()
-        with urllib.request.urlopen(f"http://127.0.0.1:{ports['proxy']}/healthcheck", timeout=1) as answer:
+        for server, port in ports.items():
+            socket.create_connection((address if server == "proxy" else "127.0.0.1", port), 1).close()
+        with urllib.request.urlopen(f"http://{address}:{ports['proxy']}/healthcheck", timeout=1) as answer:
             return answer.status == 200
     except OSError:
         return False
@@ -143,20 +146,20 @@ def stop(processes: list[subprocess.Popen[bytes]]) -> None:
         process.wait()
 
 
-def main(root: Path, port: int) -> int:
+def main(root: Path, port: int, address: str = "127.0.0.1") -> int:
     ports = {server: port + number for number, server in enumerate(SERVERS)}
-    write_files(root, ports)
+    write_files(root, ports, address)
     build_rings(root, ports)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     processes = [start(root, server) for server in SERVERS]
     try:
         deadline = time.monotonic() + START_S
-        while not is_ready(ports):
+        while not is_ready(ports, address):
             if time.monotonic() > deadline or any(process.poll() is not None for process in processes):
                 print(f"error: a server did not start; see {root}/log", file=sys.stderr)
                 return 1
             time.sleep(0.05)
-        print(f"ready http://127.0.0.1:{port}", flush=True)
+        print(f"ready http://{address}:{port}", flush=True)
         signal.pause()
     finally:
         stop(processes)
@@ -164,4 +167,4 @@ def main(root: Path, port: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]).resolve(), int(sys.argv[2])))
+    sys.exit(main(Path(sys.argv[1]).resolve(), int(sys.argv[2]), *sys.argv[3:]))
