@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import httpx
 from prefect import flow, get_client, runtime, task
 from prefect.artifacts import (
     create_link_artifact,
@@ -259,12 +260,12 @@ def may_help(_task: Any, _run: Any, state: State[Any]) -> bool:
 
 
 @task(task_run_name="{name}", retries=2, retry_delay_seconds=[60, 300], retry_condition_fn=may_help)
-def stage(name: str, config: Settings, where: FlowOptions | None) -> Outcome | State[Any]:
-    """One stage, here or as a job on the cluster; its result is found again by its settings."""
+def stage(name: str, config: Settings, where: FlowOptions, here: bool) -> Outcome | State[Any]:
+    """One stage, `here` or where the flow's stages run; its result is found again by its settings."""
     from pipelines.jobs import run_stage
     from pipelines.progress import heard
 
-    cluster = cluster_at(where.cluster, where.job) if where and where.cluster else None
+    cluster = cluster_at(where.cluster, where.job) if where.cluster and not here else None
 
     def run() -> Outcome:
         with heard(Watch(name)), alone(config):
@@ -359,7 +360,7 @@ class Steps:
     def make(self, name: str, config: Settings, here: bool = False) -> str:
         """The URI of the stage's result. Raises PipelineError with the stage's own words."""
         began = time.monotonic()
-        outcome: Outcome = value_of(stage(name, config, None if here else self.where, return_state=True))
+        outcome: Outcome = value_of(stage(name, config, self.where, here, return_state=True))
         self.seconds[name] = time.monotonic() - began
         return outcome.uri
 
@@ -376,9 +377,11 @@ class Watch:
         from pipelines.progress import share_done
 
         share = share_done(line)
-        if share is None:
-            return
-        percent = round(100 * share, 1)
+        if share is not None:
+            with contextlib.suppress(httpx.HTTPError):  # a server that is away for a moment must not end the work
+                self._show(round(100 * share, 1), line)
+
+    def _show(self, percent: float, line: str) -> None:
         if self.artifact is None:
             self.artifact = create_progress_artifact(percent, key=f"{self.name}-progress", description=line)
         else:
@@ -414,18 +417,16 @@ def cluster_at(place: str, options: JobOptions) -> Cluster:
     return Cluster(address=block.address, token=block.token, job=options)
 
 
-def label(where: FlowOptions | None, job: Any) -> None:
+def label(where: FlowOptions, job: Any) -> None:
     """Note in the flow's run which job works for it, and leave a link to it."""
-    if where is None or not where.cluster:
-        return
     labels = {_CLUSTER: where.cluster, _JOB: job.id, _MARKER: job.marker}
     with get_client(sync_client=True) as client:
         client.update_flow_run_labels(runtime.flow_run.id, labels)
-    if not where.cluster.startswith(BLOCK):
+    if where.cluster and not where.cluster.startswith(BLOCK):
         create_link_artifact(f"{where.cluster}/#/jobs/{job.id}", link_text=f"Ray job {job.id}", key="ray-job")
 
 
-def leave_artifacts(name: str, uri: str, where: FlowOptions | None) -> None:
+def leave_artifacts(name: str, uri: str, where: FlowOptions) -> None:
     """What of a stage's result is worth a look: a table of figures, the pictures, links."""
     from pipelines.jobs import show
     from pipelines.report import data_uri, enlarged
@@ -441,18 +442,15 @@ def leave_artifacts(name: str, uri: str, where: FlowOptions | None) -> None:
         if spent < _PICTURES_BYTES:
             lines.append(f"### {title}\n\n![{title}]({shown_as})")
     create_markdown_artifact("\n\n".join(lines), key=f"{name}-pictures", description=uri)
-    if name == "train" and where and where.tensorboard:
+    if name == "train" and where.tensorboard:
         create_link_artifact(where.tensorboard, link_text="TensorBoard", key="tensorboard", description=uri)
 
 
-def address(page: str, where: Any) -> str:
+def address(page: str, where: FlowOptions) -> str:
     """Where a page of the store opens, in Markdown: a link where a web server has the store, else its URI."""
-    from pipelines.storage import normalise
-
-    store = normalise(getattr(where, "store", "")) if hasattr(where, "store") else ""
-    if where is None or not where.pages or not store or not page.startswith(store):
+    if not where.pages or not page.startswith(where.store):
         return f"`{page}`"
-    return f"[{page.rsplit('/', 1)[1]}]({where.pages.rstrip('/')}{page[len(store) :]})"
+    return f"[{page.rsplit('/', 1)[1]}]({where.pages.rstrip('/')}{page.removeprefix(where.store)})"
 
 
 def run_here(run: Any, config: Settings) -> str:

@@ -21,6 +21,7 @@ from pipelines.config import (
     PromoteConfig,
     ServeOptions,
     Settings,
+    Store,
     TrainConfig,
     TrainOptions,
     Uri,
@@ -49,7 +50,7 @@ class JobOptions(Settings):
     grace: float = Field(120.0, ge=0, description="seconds that a cancelled job has to save what it has done")
 
 
-class FlowOptions(Settings):
+class FlowOptions(Store):
     """Where the stages of a flow run, and what its artifacts link to."""
 
     cluster: Annotated[str | None, How()] = Field(
