@@ -61,6 +61,7 @@ MUTATIONS = [
     ("commands", "kuberay/train.yaml", "--resolution 32", "--resolution 4"),
     ("commands", "kuberay/train.yaml", "python -m pipelines train", "python -m pipelines trian"),
     ("kubernetes", "kuberay/train.yaml", "backoffLimit: 3", "backofLimit: 3"),
+    ("commands", "ray-cluster.yaml", "infra/spot_notice.py", "infra/spot_notices.py"),
     ("pools", "kuberay/prefect-worker.yaml", "image-diffusion", "image-difusion"),
     ("environment", "compose.yaml", "MODEL_NAME", "MODEL_NAMES"),
     ("commands", "compose.yaml", "infra/automations.py", "infra/automation.py"),

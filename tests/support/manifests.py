@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import itertools
 import json
 import re
 import shlex
@@ -182,6 +183,8 @@ def check_pools(folder):
 
 def _parts(words):
     """The commands of a line, those of `sh -c` one by one."""
+    if words[0] == "nohup":
+        return [list(itertools.takewhile(lambda word: not word.startswith((">", "2>", "&")), words[1:]))]
     if words[:2] != ["sh", "-c"]:
         return [words]
     return [shlex.split(part) for part in words[2].split("&&")]
