@@ -4,6 +4,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import bulk, storage
+from pipelines.bulk.inputs import read_requests
+from pipelines.bulk.numerics import pin
+from pipelines.bulk.service import AwayError
+from pipelines.bulk.shards import commit_shard
 from pipelines.config import GenerateConfig, PipelineError
 from pipelines.images import from_png
 from pipelines.requests import ImageRequest
@@ -69,3 +73,45 @@ def test_an_unknown_class_is_refused_before_anything_is_made(tmp_path, tiny_mode
     with pytest.raises(PipelineError, match="classes: no class 'dog'; there are bear"):
         bulk.run(config(tmp_path, tiny_model, classes="cat, dog"))
     assert storage.list_if_any(str(tmp_path)) == []
+
+
+class Fleeting:
+    """A service that answers for two shards, and is gone then."""
+
+    def __init__(self, job):
+        self.worker = load_worker(job.config.model, lanes=job.config.lanes)
+        self.model, self.numerics, self.asked = self.worker.model.config, self.worker.profile, []
+
+    def ask(self, requests):
+        self.asked.append(len(requests))
+        return len(self.asked)
+
+    def ends(self, requests, answer):
+        if answer > 2:
+            raise AwayError("the service is away")
+        return self.worker.paint(requests)
+
+
+def test_a_service_that_does_not_come_back_is_gone_on_without_and_what_others_made_is_not_asked_of_it(
+    tmp_path, tiny_model, monkeypatch, capsys
+):
+    quiet = bulk.run(config(tmp_path / "quiet", tiny_model, count=32)).uri
+    begun = config(tmp_path / "begun", tiny_model, count=32, via="serve")
+    asked = []
+
+    def service(job):
+        orders, requests = job.orders(0), read_requests(job.orders(0))
+        found = Fleeting(job)
+        pin(job.uri, found.numerics)
+        spent = {"calls": 0, "seconds": 0.0}
+        commit_shard(job, 0, orders, requests, found.worker.paint(requests), found.numerics, spent)
+        asked.append(found.asked)
+        return found
+
+    monkeypatch.setattr("pipelines.bulk.service.Service", service)
+    uri = bulk.run(begun).uri
+    assert {name: data for name, data in contents(uri).items() if "part-" in name} == {
+        name: data for name, data in contents(quiet).items() if "part-" in name
+    }
+    assert asked == [[8, 8, 8]]
+    assert "the service is away; going on with workers of the job's own" in capsys.readouterr().out

@@ -239,7 +239,7 @@ def test_a_batch_whose_ingress_is_killed_goes_on(service, versions, marked):
     rows = "".join(f"cat,{seed}\n" for seed in range(128))
     file = own.files.create(file=("t.csv", f"class,seed\n{rows}".encode()), purpose="batch")
     batch = own.batches.create(
-        input_file_id=file.id, endpoint="/v1/images/generations", completion_window="24h", extra_body={"steps": 200}
+        input_file_id=file.id, endpoint="/v1/images/generations", completion_window="24h", extra_body={"steps": 100}
     )
     killed, end = 0, time.monotonic() + 200
     while batch.status not in ("completed", "failed"):

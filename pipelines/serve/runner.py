@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import re
 import signal
@@ -20,7 +19,9 @@ _log = logging.getLogger("ray.serve")
 _STAGE = "generate"
 # Tries of a batch whose command was killed, or failed after it had come further
 _TRIES = 5
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+# Has a command end when the service's process is killed, as another one goes on with it (PR_SET_PDEATHSIG of prctl(2)).
+# It becomes the command: a function between fork and exec is unsafe beside the threads of Ray.
+_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
 
 
 def bulk_command(config: GenerateConfig) -> list[str]:
@@ -123,9 +124,11 @@ class _Run:
         if await asyncio.to_thread(batches.is_cancelled, self.ordered):
             return _reached("cancelled", self.state)
         await asyncio.to_thread(batches.note, self.ordered, self.state)
+        before = [sys.executable, "-ISc", _WITH_PARENT] if sys.platform == "linux" else []
+        command = self.runner.command(GenerateConfig.model_validate(self.ordered.job))
         process = await asyncio.create_subprocess_exec(
-            *self.runner.command(GenerateConfig.model_validate(self.ordered.job)), env=dict(self.runner.environment),
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, preexec_fn=_die_with_parent,
+            *before, *command, env=dict(self.runner.environment),
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         )  # fmt: skip
         stopping = asyncio.create_task(self._stop_if_cancelled(process))
         try:
@@ -172,9 +175,3 @@ class _Run:
         """The state with what was made and rejected in all."""
         counts = storage.read_manifest(images, "images")["counts"]
         return replace(self.state, completed=counts["made"], failed=counts["rejected"], error=None)
-
-
-def _die_with_parent() -> None:
-    """Have the command end when the service's process is killed: another one goes on with it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
