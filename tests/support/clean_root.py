@@ -5,18 +5,26 @@ used, by its own settings of pip, and its certificates.
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from support.manifests import ROOT, instructions
 
-SHARED = (
-    "/etc/resolv.conf", "/etc/hosts", "/etc/pip.conf", "/etc/ssl/certs/ca-certificates.crt", "/opt/wheels", "/opt/pypi",
-    "/opt/pypi-more",
-)  # fmt: skip
+SHARED = ("/etc/resolv.conf", "/etc/hosts", "/etc/pip.conf", "/etc/ssl/certs/ca-certificates.crt")
 MIRROR = "http://deb.debian.org/debian"
+
+
+def folders_of_pip():
+    """Folders of this machine that pip takes packages from, by its own settings."""
+    told = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
+    found = re.findall(r"(?:file://|(?<=[' ]))(/[^' ]+)", told.stdout)
+    # An index named "simple" links to files beside it.
+    folders = dict.fromkeys(path.parent if path.name == "simple" else path for path in map(Path, found))
+    return [str(folder) for folder in folders if folder.is_dir()]
 
 
 class Stage:
@@ -70,7 +78,7 @@ def _from(before, root):
         assert told.returncode == 0, told.stdout[-2000:]
     else:
         subprocess.run(["cp", "--archive", before.root, root], check=True)
-    for path in map(Path, SHARED):
+    for path in map(Path, (*SHARED, *folders_of_pip())):
         there = root / str(path)[1:]
         if path.is_dir() and not there.exists():
             shutil.copytree(path, there)
