@@ -252,7 +252,7 @@ def test_trainings_take_turns_cancel_saves_and_a_killed_worker_loses_nothing(sit
     assert site.jobs()[job] == ("RUNNING", None)
     again = site.run("train", **settings)
     assert until(lambda: site.job_of(again), "the run to take the job over", 300) == job
-    assert any(f"job {job} runs on" in line for line in site.lines(again))
+    until(lambda: any(f"job {job} runs on" in line for line in site.lines(again)), "its log")
     until(lambda: _steps(site, again) > steps, "the log to go on")
     until(lambda: site.state(first) == "Crashed", "the run without heartbeats to be called crashed", 300)
 
