@@ -39,7 +39,7 @@ def figures() -> list[Figure]:
     last = ""
     for line in PAGE.read_text().splitlines():
         cells = [cell.strip() for cell in line.strip().strip("|").split(" | ")]
-        if not line.startswith("|") or len(cells) != 4 or cells[2] in ("command", "---"):
+        if not line.startswith("|") or len(cells) != 5 or cells[2] in ("command", "---"):
             continue
         for command in _commands(cells[2], last):
             last = command

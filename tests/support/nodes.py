@@ -122,7 +122,9 @@ class Node:
     def command(self, *words):
         """The words of a command that runs as if given on the node itself."""
         first = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()[0]
-        return ["nsenter", "--target", first, "--mount", "--pid", "--net", "--uts", "--ipc", "--", *map(str, words)]
+        there = ["nsenter", "--target", first, "--mount", "--pid", "--net", "--uts", "--ipc", "--"]
+        # What is entered is a child of this command's, and dies with it.
+        return [*there, "setpriv", "--pdeathsig", "KILL", *map(str, words)]
 
     def listening(self):
         """Every TCP address and port that listens here, with the process's name."""
