@@ -29,7 +29,7 @@ _LOUD = (
     "ray.dashboard.modules.job.sdk",
 )  # fmt: skip
 # Lines in a job's log that Ray wrote about itself
-_RAYS_OWN = re.compile(r"(core_worker\.cc|job_manager\.py):\d+")
+_RAYS_OWN = re.compile(r"(core_worker\.cc|job_manager\.py):\d+|PYTHON worker processes have been started")
 _LOOK_S = 1.0
 _LAST_LINES_S = 5.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 15.0
