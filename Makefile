@@ -22,7 +22,7 @@ down: .venv/installed
 test: .venv/installed .venv-s3/installed
 	.venv/bin/python -m pytest -n 2 --dist loadfile $(FLAGS)
 
-# Trials that kill processes and break the way to the store; a few minutes.
+# Trials that kill processes and nodes and break the way to the store; about 40 minutes.
 chaos: .venv/installed .venv-s3/installed
 	.venv/bin/python -m pytest -m chaos $(FLAGS)
 
