@@ -20,7 +20,7 @@ down: .venv/installed
 	.venv/bin/python infra/up.py stop $(FLAGS)
 
 test: .venv/installed .venv-s3/installed
-	.venv/bin/python -m pytest -n 2 --dist loadfile $(FLAGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(FLAGS)
 
 # Trials that kill processes and nodes and break the way to the store; about 40 minutes.
 chaos: .venv/installed .venv-s3/installed

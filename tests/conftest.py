@@ -15,9 +15,19 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["DO_NOT_TRACK"] = "1"
 
+# Files that take longest, in the order in which they begin, so that two workers end together.
+LONGEST = (
+    "test_train", "test_ingest", "test_end_to_end", "test_docs", "test_serve", "test_bulk", "test_budget", "test_page",
+    "test_exchange", "test_service", "test_evaluate", "test_memory", "test_cluster", "test_engine", "test_lineage",
+)  # fmt: skip
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 SWIFT = ROOT / ".venv-s3/bin/python"
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="module")

@@ -203,6 +203,7 @@ def test_a_batch_that_fails_says_why_and_goes_on_when_it_is_ordered_again(client
         assert until(client, batch, "completed").errors is None
 
 
+@pytest.mark.chaos
 def test_a_command_that_is_killed_is_run_again_and_a_cancelled_one_is_interrupted(client, service, images, tmp_path):
     once = f"""
 import os, pathlib

@@ -6,7 +6,7 @@ import pytest
 from pipelines import bulk, storage
 from pipelines.bulk.inputs import read_requests
 from pipelines.bulk.numerics import pin
-from pipelines.bulk.service import AwayError
+from pipelines.bulk.service import ServiceAwayError
 from pipelines.bulk.shards import commit_shard
 from pipelines.config import GenerateConfig, PipelineError
 from pipelines.images import from_png
@@ -88,7 +88,7 @@ class Fleeting:
 
     def ends(self, requests, answer):
         if answer > 2:
-            raise AwayError("the service is away")
+            raise ServiceAwayError("the service is away")
         return self.worker.paint(requests)
 
 

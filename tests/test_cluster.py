@@ -1,3 +1,4 @@
+import signal
 import sys
 import threading
 import time
@@ -198,9 +199,11 @@ def test_a_job_that_does_not_heed_the_marker_is_stopped_after_its_grace(server, 
     assert "was stopped; what it had done is kept" in str(outcome[0])
 
 
-def test_a_marker_interrupts_the_process_that_heeds_it_once(tmp_path):
+def test_a_marker_interrupts_the_process_that_heeds_it_once(tmp_path, request):
     marker = stops.marker_of(str(tmp_path), "job-1")
     stops.ask(marker)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of pytest ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt), stops.heeded(marker):
         time.sleep(20)
     with stops.heeded(stops.marker_of(str(tmp_path), "job-2")), stops.heeded(None):
