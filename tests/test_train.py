@@ -201,6 +201,7 @@ def test_bfloat16_learns_nearly_the_same_and_keeps_full_weights(long_run, tmp_pa
     assert {value.dtype for value in weights(model_of(run)).values()} == {torch.float32}
 
 
+@pytest.mark.chaos
 def test_compiled_blocks_learn_the_same(long_run, tmp_path, tiny_dataset):
     if shutil.which("g++") is None and shutil.which("c++") is None:
         pytest.skip("no C++ compiler here")
