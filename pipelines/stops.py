@@ -33,10 +33,15 @@ def forget(marker: str) -> None:
 
 @contextlib.contextmanager
 def heeded(marker: str | None) -> Iterator[None]:
-    """Interrupt this process (SIGINT), once, when the marker appears; without a marker nothing is watched."""
+    """Interrupt this process (SIGINT), once, when the marker appears; without a marker nothing is watched.
+
+    To be entered in the main thread.
+    """
     if marker is None:
         yield
         return
+    # Whatever a shell started in the background, and all below it, ignores SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     ended = threading.Event()
     thread = threading.Thread(target=_watch, args=(marker, ended), name="stop-marker", daemon=True)
     thread.start()
@@ -45,6 +50,7 @@ def heeded(marker: str | None) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+        signal.signal(signal.SIGINT, before)
 
 
 def _watch(marker: str, ended: threading.Event) -> None:

@@ -202,10 +202,11 @@ def test_a_job_that_does_not_heed_the_marker_is_stopped_after_its_grace(server, 
 def test_a_marker_interrupts_the_process_that_heeds_it_once(tmp_path, request):
     marker = stops.marker_of(str(tmp_path), "job-1")
     stops.ask(marker)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of pytest ignore it
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt), stops.heeded(marker):
         time.sleep(20)
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     with stops.heeded(stops.marker_of(str(tmp_path), "job-2")), stops.heeded(None):
         time.sleep(0.3)
     stops.forget(marker)
