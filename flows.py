@@ -374,12 +374,12 @@ class Watch:
 
     def __call__(self, line: str) -> None:
         """Look at a line."""
-        from pipelines.progress import share_done
+        from pipelines.progress import counts_of
 
-        share = share_done(line)
-        if share is not None:
+        counts = counts_of(line)
+        if counts is not None:
             with contextlib.suppress(httpx.HTTPError):  # a server that is away for a moment must not end the work
-                self._show(round(100 * share, 1), line)
+                self._show(round(100 * counts[0] / max(counts[1], 1), 1), line)
 
     def _show(self, percent: float, line: str) -> None:
         if self.artifact is None:

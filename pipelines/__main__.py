@@ -5,10 +5,7 @@ from collections.abc import Sequence
 
 from pipelines.config import GenerateCommand, InterruptedRunError, PipelineError, TrainCommand, parse, stop_marker
 from pipelines.jobs import STAGES, print_stage, rehearse, run_stage, settle, visit
-from pipelines.stops import heeded
-
-# What shells give a command that SIGINT ended.
-_INTERRUPTED = 130
+from pipelines.stops import INTERRUPTED, heeded
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -22,10 +19,10 @@ def main(arguments: Sequence[str]) -> int:
             _run(name, flags)
     except InterruptedRunError as error:
         print(error, file=sys.stderr, flush=True)
-        return _INTERRUPTED
+        return INTERRUPTED
     except KeyboardInterrupt:
         print(f"{name}: stopped; what was done is kept, run the same command to go on", file=sys.stderr, flush=True)
-        return _INTERRUPTED
+        return INTERRUPTED
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

@@ -6,7 +6,6 @@ job that does it. What a job has done lies in the store, so a job that is lost i
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from pipelines import stops
+from pipelines import stops, storage
 from pipelines.config import STOP_MARKER, AwayError, InterruptedRunError, PipelineError, Settings, Store, to_flags
 from pipelines.flow_config import Cluster
 from pipelines.progress import print_line
@@ -33,8 +32,6 @@ _RAYS_OWN = re.compile(r"(core_worker\.cc|job_manager\.py):\d+|PYTHON worker pro
 _LOOK_S = 1.0
 _LAST_LINES_S = 5.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 15.0
-# What a shell says of a command that SIGINT ended; above, of one that another signal ended.
-_INTERRUPTED = 130
 _EXCLUDED = (
     ".venv", ".venv-s3", ".git", "runs", "tests", "docs", "benchmarks", "build", ".mypy_cache", ".ruff_cache",
     ".pytest_cache", ".hypothesis", ".import_linter_cache",
@@ -180,7 +177,7 @@ def connect(cluster: Cluster) -> Any:
 def _present_or_new(client: Any, name: str, config: Settings, cluster: Cluster) -> Job:
     """The job of these settings that runs, or a new one."""
     text = json.dumps([name, config.model_dump(mode="json")], sort_keys=True)
-    base = f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    base = f"{name}-{storage.digest(text.encode())[:12]}"
     attempt = 1
     while (info := _info(client, f"{base}-{attempt}")) is not None and info.status.is_terminal():
         attempt += 1
@@ -246,14 +243,15 @@ def _is_lost(end: Any | None) -> bool:
         return False
     if end.error_type == "JOB_ENTRYPOINT_COMMAND_ERROR":
         code = end.driver_exit_code
-        return code is not None and bool(code < 0 or code > _INTERRUPTED)
+        # Above are those of commands that another signal ended.
+        return code is not None and bool(code < 0 or code > stops.INTERRUPTED)
     return bool(end.error_type != "RUNTIME_ENV_SETUP_FAILURE")
 
 
 def _failure(name: str, job: Job, end: Any | None, cluster: Cluster) -> PipelineError:
     """The error of a job that did not succeed, in words."""
     place = f"{name}: job {job.id} on {cluster.address}"
-    if end is not None and (end.status == "STOPPED" or end.driver_exit_code == _INTERRUPTED):
+    if end is not None and (end.status == "STOPPED" or end.driver_exit_code == stops.INTERRUPTED):
         return InterruptedRunError(f"{place} was stopped; what it had done is kept, run the same again to go on")
     return PipelineError(f"{place} failed: {_last_line(end)}")
 

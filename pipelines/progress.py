@@ -11,10 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _WIDTH = 24
-_BAR = re.compile(r"\[#*-*\] (?P<done>\d+)/(?P<total>\d+) ")
 _POLL_S = 0.5
-
-
 _listener: contextvars.ContextVar[Callable[[str], None] | None] = contextvars.ContextVar("listener", default=None)
 
 
@@ -34,12 +31,6 @@ def heard(listener: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         _listener.reset(token)
-
-
-def share_done(line: str) -> float | None:
-    """How much is done by a line of `Progress`, 0 to 1; None for any other line."""
-    found = _BAR.search(line)
-    return int(found["done"]) / max(int(found["total"]), 1) if found else None
 
 
 @dataclass

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pipelines import storage
 from pipelines.config import AwayError
 
+# What a shell says of a command that SIGINT ended: the exit status of a stage that was stopped
+INTERRUPTED = 130
 _POLL_S = 2.0
 
 

@@ -5,6 +5,7 @@ import time
 
 import pytest
 from conftest import ROOT, four_free_ports
+from support import sessions
 from support.jobserver import JobServer
 
 from pipelines import cluster, stops
@@ -54,12 +55,8 @@ def in_thread(server, config):
     return thread, outcome
 
 
-def until(found, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not (value := found()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-    return value
+def until(found):
+    return sessions.until(found, "the server", 20, 0.02)
 
 
 def test_a_stage_runs_as_a_job_and_its_log_is_printed_once_and_whole(server, config, capsys):

@@ -136,11 +136,7 @@ def _is_free(port):
 
 
 def until(found, what, seconds=240):
-    deadline = time.monotonic() + seconds
-    while not (value := found()):
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.5)
-    return value
+    return sessions.until(found, what, seconds, 0.5)
 
 
 @pytest.fixture(scope="module")

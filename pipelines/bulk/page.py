@@ -28,12 +28,11 @@ def write_page(uri: str, manifest: dict[str, Any], bill: Bill) -> None:
     sheets: dict[str, tuple[str, int] | None] = {"sheet": None, "edits": None}
     if rows:
         side = _side(rows)
-        small = [_small(row["image"]["bytes"], side) for row in rows]
-        sheets["sheet"] = _sheet(small, min(_COLUMNS, len(rows)))
+        sheets["sheet"] = data_uri(_contact(rows, side)), min(_COLUMNS, len(rows))
         found = (pair for row in rows if (pair := _pair(row, side)) is not None)
         if pairs := list(itertools.islice(found, _PAIRS)):
             before, after = zip(*pairs, strict=True)
-            sheets["edits"] = _sheet([*before, *after], len(pairs))
+            sheets["edits"] = data_uri(_grid([*before, *after], len(pairs))), len(pairs)
     storage.write_bytes(storage.join(uri, PAGE), _page(uri, manifest, bill, sheets).encode())
 
 
@@ -46,18 +45,21 @@ def show(uri: str) -> Showing:
     if bill["cost"] is not None:
         figures["cost"] = f"{bill['cost']:.2f}"
     rows = list(_shown(uri, manifest))
-    small = [_small(row["image"]["bytes"], _side(rows)) for row in rows]
-    pictures = {"pictures": to_png(grid(np.stack(small), min(_COLUMNS, len(rows))))} if rows else {}
+    pictures = {"pictures": _contact(rows, _side(rows))} if rows else {}
     return Showing(figures, pictures, storage.join(uri, PAGE))
 
 
 def _side(rows: list[Row]) -> int:
-    return min(_THUMBNAIL, max(decode(rows[0]["image"]["bytes"], _LIMITS).image.size)) if rows else _THUMBNAIL
+    return min(_THUMBNAIL, max(decode(rows[0]["image"]["bytes"], _LIMITS).image.size))
 
 
-def _sheet(pictures: list[Pixels], columns: int) -> tuple[str, int]:
-    """Pictures of one size as an address that holds them all, and its columns."""
-    return data_uri(to_png(grid(np.stack(pictures), columns))), columns
+def _contact(rows: list[Row], side: int) -> bytes:
+    """The contact sheet of some rows as a PNG."""
+    return _grid([_small(row["image"]["bytes"], side) for row in rows], min(_COLUMNS, len(rows)))
+
+
+def _grid(pictures: list[Pixels], columns: int) -> bytes:
+    return to_png(grid(np.stack(pictures), columns))
 
 
 def _shown(uri: str, manifest: dict[str, Any]) -> Iterator[Row]:

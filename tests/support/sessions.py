@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from conftest import ROOT
@@ -74,3 +75,12 @@ def kill_marked(mark, title):
         except (OSError, ValueError):
             continue
     return killed
+
+
+def until(found, what, seconds, every):
+    """What `found` returns once that is something; an error after so many seconds, looked at `every` so many."""
+    deadline = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(every)
+    return value
