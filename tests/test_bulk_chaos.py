@@ -235,23 +235,25 @@ def test_a_service_that_is_killed_promotes_and_restarts_meanwhile_makes_what_act
 
 
 def test_a_batch_whose_ingress_is_killed_goes_on(service, versions, marked):
-    own = openai.OpenAI(base_url=f"{service.url}/v1", api_key="none")
-    rows = "".join(f"cat,{seed}\n" for seed in range(128))
+    own, count = openai.OpenAI(base_url=f"{service.url}/v1", api_key="none"), 640
+    rows = "".join(f"cat,{seed}\n" for seed in range(count))
     file = own.files.create(file=("t.csv", f"class,seed\n{rows}".encode()), purpose="batch")
     batch = own.batches.create(
         input_file_id=file.id, endpoint="/v1/images/generations", completion_window="24h", extra_body={"steps": 100}
     )
-    killed, end = 0, time.monotonic() + 200
-    while batch.status not in ("completed", "failed"):
-        assert time.monotonic() < end, batch
-        time.sleep(0.1)
-        if not killed and list(Path(file_store(versions)).glob("images/batches/*/staging/shards/*.json")):
-            killed = sessions.kill_marked(marked, "ServeReplica:images:Ingress")
+    place = Path(file_store(versions)) / "images/batches"
+    sessions.until(lambda: list(place.glob("*/staging/shards/*.json")), "the first shard of the batch", 200, 0.01)
+    assert sessions.kill_marked(marked, "ServeReplica:images:Ingress")
+    assert not list(place.glob("*/manifest.json")), "killed in the middle"
+
+    def ended():
         with contextlib.suppress(openai.APIError):
-            batch = own.batches.retrieve(batch.id)
-    assert killed
+            found = own.batches.retrieve(batch.id)
+            return found if found.status in ("completed", "failed") else None
+
+    batch = sessions.until(ended, "the batch's end", 200, 0.2)
     assert batch.status == "completed", batch.errors
-    assert batch.request_counts.completed == 128
+    assert batch.request_counts.completed == count
     verify.run(VerifyConfig(uri=batch.images))
 
 
