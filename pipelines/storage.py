@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,7 +34,10 @@ _GLOB = ("*", "?", "[")
 _TRIES = 10
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 8.0
 _THROTTLED = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded")
-_TRANSIENT_ERRNO = (errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.ECONNRESET)
+# A folder is not empty where somebody writes into it while it is deleted.
+_TRANSIENT_ERRNO = (
+    errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.ECONNRESET, errno.ENOTEMPTY,
+)  # fmt: skip
 _BROKEN_WAY = (
     botocore.exceptions.HTTPClientError,
     botocore.exceptions.ConnectionError,
@@ -69,8 +73,12 @@ class _TakenError(StorageError):
     """There is an object already where one was to be created."""
 
 
+class _ChangedError(StorageError):
+    """An object that is no longer what was listed."""
+
+
 class _GarbledError(OSError):
-    """Bytes that arrived are not those that were sent."""
+    """Bytes that arrived are not those that were sent, or others were sent meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,7 @@ def read_bytes(uri: str, info: ObjectInfo | None = None) -> bytes:
 
     Raises NotFoundError where there is none, StorageError where it cannot be read or is no longer what `info` says.
     """
-    return _retried(uri, lambda: _read(uri, info or _stat(uri)))
+    return _retried(uri, lambda: _read(uri, info) if info else _read_as_it_is(uri))
 
 
 def read_ranges(uri: str, ranges: Sequence[tuple[int, int, int]]) -> list[bytes]:
@@ -291,10 +299,23 @@ def remove_object(uri: str) -> None:
 
 
 def remove_folder(uri: str) -> None:
-    """Delete a folder, its manifest first, so that nobody takes the rest for whole."""
+    """Delete a folder, its manifest first, so that nobody takes the rest for whole; others may be at it as well."""
     remove_object(join(uri, MANIFEST))
     with contextlib.suppress(NotFoundError):
-        _retried(uri, lambda: _filesystem(uri).rm(_path(uri), recursive=True))
+        _retried(uri, lambda: _remove(uri))
+
+
+def _remove(uri: str) -> None:
+    if _is_local(uri):
+        shutil.rmtree(uri, onerror=_unless_gone)
+    else:
+        _filesystem(uri).rm(_path(uri), recursive=True)
+
+
+def _unless_gone(_: object, __: str, raised: tuple[type[BaseException], BaseException, Any]) -> None:
+    """What another deletes at the same time is deleted as well."""
+    if not isinstance(raised[1], FileNotFoundError):
+        raise raised[1]
 
 
 def _retried(uri: str, call: Callable[[], _T]) -> _T:
@@ -333,6 +354,14 @@ def _read(uri: str, info: ObjectInfo) -> bytes:
         data = _filesystem(uri).cat_file(_path(uri), start=0, end=info.size)
     _check(info, len(data), lambda: hashlib.md5(data).hexdigest())
     return data
+
+
+def _read_as_it_is(uri: str) -> bytes:
+    """The bytes of an object of which nobody was told anything: one that is replaced meanwhile is read again."""
+    try:
+        return _read(uri, _stat(uri))
+    except _ChangedError as error:
+        raise _GarbledError("replaced again and again while it was read") from error
 
 
 def _spans(ranges: Sequence[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
@@ -394,7 +423,7 @@ def _check(info: ObjectInfo, size: int, md5: Callable[[], str]) -> None:
 
 def _check_unchanged(info: ObjectInfo) -> None:
     if _stat(info.uri) != info:
-        raise StorageError(f"{info.uri}: changed since it was listed; run again to take it as it is now")
+        raise _ChangedError(f"{info.uri}: changed since it was listed; run again to take it as it is now")
 
 
 def _explain_mismatch(info: ObjectInfo) -> None:

@@ -145,6 +145,28 @@ def test_rows_that_are_wrong_are_left_out_where_that_is_asked_for_and_the_others
     verify.run(VerifyConfig(uri=uri))
 
 
+def test_a_run_that_another_one_overtakes_while_it_reads_its_plan_ends_with_the_others_images(
+    tmp_path, tiny_model, monkeypatch, capsys
+):
+    job = config(tmp_path, tiny_model, table=csv_of(tmp_path / "t.csv"), carry=["order"])
+    read_json, others = storage.read_json, []
+
+    def overtaken(uri):
+        if uri.endswith("staging/plan.json") and not others:
+            others.append("begun")
+            others[0] = bulk.run(job)
+        return read_json(uri)
+
+    monkeypatch.setattr(storage, "read_json", overtaken)
+    own = bulk.run(job)
+    assert (own.found, others[0].found, own.uri) == (True, False, others[0].uri)
+    late = bulk.run(job)
+    assert late.found
+    assert capsys.readouterr().out.count("another run published") == 2
+    assert len(rows(own.uri)) == len(ROWS)
+    assert not [info for info in storage.list_objects(own.uri) if "/staging/" in info.uri]
+
+
 @pytest.fixture
 def edits(tmp_path):
     """A table of pictures to inpaint from its own folder on: two good ones, one missing, one with a damaged mask."""

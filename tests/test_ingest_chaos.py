@@ -1,7 +1,7 @@
 """Ingestion while processes die and the way to the store breaks: nothing is lost, and the bytes are the same."""
 
 import io
-import threading
+import re
 import time
 from pathlib import Path
 
@@ -69,38 +69,42 @@ def same(dataset, expected):
         assert dataset.manifest[key] == expected[key], key
 
 
-def test_a_run_whose_processes_are_all_killed_three_times_ends_with_the_same_bytes(shards, expected, tmp_path):
-    store = tmp_path / "store"
-    for wanted in (1, 4, TARS):
-        process = start(shards, store)
-        deadline = time.monotonic() + 120
-        while len(records(store)) < wanted and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert process.poll() is None, process.communicate()[0]
-        sessions.kill_all(process)
-        assert not list(store.glob("datasets/*/*/manifest.json")), "nobody sees half"
-        done = {path: path.stat().st_mtime_ns for path in records(store)}
-    output, code = finish(start(shards, store))
-    assert code == 0, output
-    assert len(done) >= TARS
-    dataset = open_dataset(uri_of(output))
-    same(dataset, expected)
-    assert not list(store.glob("datasets/*/*/staging"))
+def wait_for(process, store, wanted):
+    """Wait until so many units are read, of a run that is at work."""
+    deadline = time.monotonic() + 200
+    while len(records(store)) < wanted and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()[0]
+    assert len(records(store)) >= wanted
 
 
-def test_killed_workers_are_replaced_and_change_nothing(shards, expected, tmp_path):
-    process = start(shards, tmp_path / "store")
+def kill_workers(process, most):
+    """Kill workers that read; how many there were, `most` at most."""
     killed = 0
     deadline = time.monotonic() + 200
-    while process.poll() is None and time.monotonic() < deadline:
-        if 0 < len(records(tmp_path / "store")) < TARS and killed < 3:
-            killed += sessions.kill_one(process.pid, r"ray::.*[Mm]ap")
-            time.sleep(0.5)
+    while killed < most and process.poll() is None and time.monotonic() < deadline:
+        killed += sessions.kill_one(process.pid, r"ray::.*[Mm]ap")
         time.sleep(0.02)
-    output, code = finish(process)
+    return killed
+
+
+def test_a_run_whose_processes_are_all_killed_twice_and_whose_workers_are_ends_with_the_same_bytes(
+    shards, expected, tmp_path
+):
+    store = tmp_path / "store"
+    for wanted, workers in ((1, 0), (TARS, 2)):
+        process = start(shards, store)
+        # What they were at is read by workers in their place.
+        assert kill_workers(process, workers) == workers, "no worker was there to kill"
+        wait_for(process, store, wanted)
+        sessions.kill_all(process)
+        assert not list(store.glob("datasets/*/*/manifest.json")), "nobody sees half"
+    assert len(records(store)) == TARS
+    output, code = finish(start(shards, store))
     assert code == 0, output
-    assert killed, "no worker was there to kill"
+    assert not re.search(r"^ingest \[", output, re.M), "nothing is read again"
     same(open_dataset(uri_of(output)), expected)
+    assert not list(store.glob("datasets/*/*/staging"))
 
 
 def test_a_killed_node_changes_nothing(shards, expected, tmp_path):
@@ -142,13 +146,25 @@ def shards_in_bucket(shards, bucket):
     return f"{bucket}/in"
 
 
-def test_bad_weather_on_the_way_to_s3_changes_nothing(shards_in_bucket, bucket, undisturbed, fault_proxy):
-    fault_proxy.rules(*WEATHER)
+def test_bad_weather_on_the_way_to_s3_changes_nothing_and_a_fault_that_stays_stops_a_run_that_the_next_one_ends(
+    shards_in_bucket, bucket, undisturbed, fault_proxy
+):
+    fault_proxy.rules({"match": "GET .*noise-3.tar", "kind": "slowdown"}, *WEATHER)
     output, code = finish(start(shards_in_bucket, f"{bucket}/store", AWS_ENDPOINT_URL=fault_proxy.url))
-    faults = {kind for _, kind in fault_proxy.done()}
+    faults = fault_proxy.done()
+    fault_proxy.rules()
+    assert code == 1, output
+    assert "1 units could not be done" in output
+    assert f"{shards_in_bucket}/noise-3.tar" in output
+    assert not [info for info in storage.list_objects(f"{bucket}/store") if info.uri.endswith("manifest.json")]
+    every_tar = {"match": "GET .*\\.tar", "kind": "latency", "ms": 1}
+    fault_proxy.rules(every_tar, *WEATHER)
+    output, code = finish(start(shards_in_bucket, f"{bucket}/store", AWS_ENDPOINT_URL=fault_proxy.url))
+    later = fault_proxy.done()
     fault_proxy.rules()
     assert code == 0, output
-    assert faults == {rule["kind"] for rule in WEATHER}
+    assert {kind for _, kind in faults + later} == {rule["kind"] for rule in WEATHER}
+    assert set(re.findall(r"noise-\d\.tar", str(later))) == {"noise-3.tar"}, "the others were read before"
     dataset = open_dataset(uri_of(output))
     assert dataset.manifest["counts"] == undisturbed.manifest["counts"]
     assert rows_of(dataset) == rows_of(undisturbed)
@@ -164,35 +180,13 @@ def rows_of(dataset):
     return rows
 
 
-def test_a_fault_that_stays_stops_the_run_names_the_object_and_the_next_run_goes_on(
-    shards_in_bucket, bucket, expected, fault_proxy
-):
-    fault_proxy.rules({"match": "GET .*noise-3.tar", "kind": "slowdown"})
-    output, code = finish(start(shards_in_bucket, f"{bucket}/store", AWS_ENDPOINT_URL=fault_proxy.url))
-    fault_proxy.rules()
-    assert code == 1
-    assert "1 units could not be done" in output
-    assert f"{shards_in_bucket}/noise-3.tar" in output
-    assert not [info for info in storage.list_objects(f"{bucket}/store") if info.uri.endswith("manifest.json")]
-    output, code = finish(start(shards_in_bucket, f"{bucket}/store", AWS_ENDPOINT_URL=fault_proxy.url))
-    assert code == 0, output
-    assert len([line for line, _ in fault_proxy.done() if ".tar" in line]) == 0
-    assert open_dataset(uri_of(output)).manifest["counts"] == expected["counts"]
-
-
 def test_of_two_runs_at_once_both_end_with_one_dataset(shards, expected, tmp_path):
-    outputs = {}
-
-    def one(number):
-        outputs[number] = finish(start(shards, tmp_path / "store"))
-
-    threads = [threading.Thread(target=one, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [code for _, code in outputs.values()] == [0, 0], outputs
-    assert len({uri_of(output) for output, _ in outputs.values()}) == 1
-    same(open_dataset(uri_of(outputs[0][0])), expected)
-    told = [("ingest: found 480" in output, "another run published" in output) for output, _ in outputs.values()]
-    assert sorted(told) == [(False, True), (True, False)]
+    both = [finish(process) for process in [start(shards, tmp_path / "store") for _ in range(2)]]
+    for output, code in both:
+        assert code == 0, output
+    assert len({uri_of(output) for output, _ in both}) == 1
+    same(open_dataset(uri_of(both[0][0])), expected)
+    made = ["ingest: found 480" in output for output, _ in both]
+    found = [re.search("another run published|^ingest: found /", output, re.M) is not None for output, _ in both]
+    assert sorted(made) == sorted(found) == [False, True]
+    assert made != found

@@ -1,3 +1,4 @@
+import os
 import threading
 import zlib
 
@@ -68,6 +69,46 @@ def test_a_folder_exists_once_its_manifest_does_and_not_after_it_is_removed(stor
     storage.remove_folder(f"{store}/thing")
     assert not storage.is_published(f"{store}/thing")
     assert storage.list_if_any(f"{store}/thing") == []
+
+
+def test_a_folder_that_others_write_to_and_delete_at_the_same_time_is_deleted(tmp_path, monkeypatch):
+    folder = tmp_path / "thing"
+    for name in ("a", "b", "c"):
+        storage.write_bytes(f"{folder}/{name}", b"1")
+    unlink, rmdir, late = os.unlink, os.rmdir, iter(["d", "e"])
+
+    def unlinked_before(name, **place):
+        unlink(name, **place)
+        unlink(name, **place)  # as another does that comes first
+
+    def written_before(name, **place):
+        for written in late:
+            (folder / written).write_bytes(b"1")
+            break
+        rmdir(name, **place)
+
+    monkeypatch.setattr(os, "unlink", unlinked_before)
+    monkeypatch.setattr(os, "rmdir", written_before)
+    monkeypatch.setattr(storage, "_FIRST_WAIT_S", 0.01)
+    storage.remove_folder(str(folder))
+    assert next(late, None) is None
+    assert not folder.exists()
+
+
+def test_an_object_that_is_replaced_while_it_is_read_is_read_again(store, monkeypatch):
+    storage.write_bytes(f"{store}/x", b"first")
+    stat, later = storage._stat, iter([b"later", b"at the end"])
+
+    def replaced_after(uri):
+        info = stat(uri)
+        for data in later:
+            storage.write_bytes(uri, data)
+            break
+        return info
+
+    monkeypatch.setattr(storage, "_stat", replaced_after)
+    monkeypatch.setattr(storage, "_FIRST_WAIT_S", 0.01)
+    assert storage.read_bytes(f"{store}/x") == b"at the end"
 
 
 def test_a_damaged_part_is_named_with_both_checksums(store):

@@ -35,7 +35,20 @@ def run(config: GenerateConfig) -> Outcome:
     Raises PipelineError on rows that are wrong, before anything is made; where more turn out to be impossible than is
     allowed; and where storage or devices fail for longer than is retried. What was done by then is kept.
     """
-    job = plan_job(config, job_uri(config))
+    uri = job_uri(config)
+    try:
+        if not storage.is_published(uri):
+            return _made(plan_job(config, uri))
+    except Exception:
+        # Another run of the same job may have finished it and cleared the staging folder under this one's hands.
+        if not storage.is_published(uri):
+            raise
+    return _told_found(uri)
+
+
+def _made(job: Job) -> Outcome:
+    """All the work of a job."""
+    config = job.config
     if config.format == "png" and job.rows > _MOST_PNGS:
         raise PipelineError(f"--format png is for sets up to {_MOST_PNGS} pictures, not {job.rows}; take webdataset")
     done = Done(Bill(config.price))
@@ -45,10 +58,7 @@ def run(config: GenerateConfig) -> Outcome:
     except KeyboardInterrupt as error:
         raise InterruptedRunError(f"generate: stopped; {_kept(job, done)}") from error
     except Exception:
-        # Another run of the same job may have finished it and cleared the staging folder under this one's hands.
-        if storage.is_published(job.uri):
-            return _told_found(job)
-        if done.parts:
+        if done.parts and not storage.is_published(job.uri):
             print_line(f"generate: {_kept(job, done)}")
         raise
 
@@ -113,10 +123,9 @@ def _publish(job: Job, parts: list[dict[str, Any]], bill: Bill) -> Outcome:
         manifest["metadata"] = write_metadata(job.uri, parts)
     storage.write_bytes(storage.join(job.uri, "bill.json"), storage.to_json(bill.as_json()))
     write_page(job.uri, manifest, bill)
-    outcome = storage.publish(job.uri, manifest)
+    if storage.publish(job.uri, manifest) != "created":
+        return _told_found(job.uri)
     storage.remove_folder(storage.join(job.uri, STAGING))
-    if outcome != "created":
-        return _told_found(job)
     for line in _summary(job, manifest, bill):
         print_line(line)
     return Outcome(uri=job.uri, found=False)
@@ -137,7 +146,8 @@ def _kept(job: Job, done: Done) -> str:
     return f"{count} are done and kept at {job.uri}; give the same command again to go on"
 
 
-def _told_found(job: Job) -> Outcome:
-    """The images that another run has published meanwhile."""
-    print_line(f"generate: another run published {job.uri} first; this one's work is the same and is not needed")
-    return Outcome(uri=job.uri, found=True)
+def _told_found(uri: str) -> Outcome:
+    """The images that another run has published meanwhile; what this one staged since is cleared away."""
+    storage.remove_folder(storage.join(uri, STAGING))
+    print_line(f"generate: another run published {uri} first; this one's work is the same and is not needed")
+    return Outcome(uri=uri, found=True)

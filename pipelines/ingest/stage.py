@@ -44,22 +44,20 @@ def run(config: IngestConfig) -> Outcome:
     Raises PipelineError where no picture can be kept, where more are rejected than allowed, or where the storage
     failed for longer than it is retried; what was done by then is kept for the next run.
     """
-    import ray.exceptions
-
     work = plan_work(config)
+    if storage.is_published(work.uri):  # since `find` looked
+        return _told_found(work)
     try:
         manifest = _make(work)
-    except (PipelineError, ray.exceptions.RayError):
+        outcome = storage.publish(work.uri, manifest)
+    except Exception:
         # Another run of the same work may have finished it and cleared the staging folder under this one's hands.
         if not storage.is_published(work.uri):
             raise
         return _told_found(work)
-    outcome = storage.publish(work.uri, manifest)
-    storage.remove_folder(work.staging)
-    if outcome == "other":
-        raise PipelineError(f"{work.uri}: another run published other content under this name; run again to use it")
-    if outcome == "same":
+    if outcome != "created":
         return _told_found(work)
+    storage.remove_folder(work.staging)
     print(f"{summary(manifest)}\nlook at it: {storage.join(work.uri, 'dataset.html')}", flush=True)
     return Outcome(uri=work.uri, found=False)
 
@@ -205,7 +203,11 @@ def _write_shards(work: Work, plan: Plan) -> dict[str, list[dict[str, Any]]]:
 
 
 def _told_found(work: Work) -> Outcome:
-    """The dataset that another run has published meanwhile; what this one staged since is cleared away."""
+    """The dataset that another run has published meanwhile; what this one staged since is cleared away.
+
+    Raises PipelineError where it has more rejected than is allowed.
+    """
     storage.remove_folder(work.staging)
+    check_found(work.config, work.uri, storage.read_manifest(work.uri, "dataset"))
     print(f"ingest: another run published {work.uri} first; this one's work is the same and is not needed", flush=True)
     return Outcome(uri=work.uri, found=True)

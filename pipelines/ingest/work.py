@@ -38,7 +38,10 @@ class Work:
 
 
 def plan_work(config: IngestConfig) -> Work:
-    """What is to be made, and on which earlier dataset it can build: the one that has most of the sources."""
+    """What is to be made, and on which earlier dataset it can build: the one that has most of the sources.
+
+    One that has all of them, because another run has just published it, is what was to be made.
+    """
     listing = list_sources(config)
     here = {fingerprint(info) for info in listing.taken}
     parent, known = None, set[tuple[str, int, str]]()
@@ -49,6 +52,8 @@ def plan_work(config: IngestConfig) -> Work:
         if has <= here:
             parent, known = dataset, has
     new = listing.without(known)
+    if parent and not new.taken:
+        return Work(config, listing, None, new, parent.uri)
     made = [list(fingerprint(info)) for info in new.taken]
     digest = identity("ingest", VERSION, what(config), [parent.digest if parent else "", made])
     uri = storage.join(storage.normalise(config.store), "datasets", config.name, digest)
