@@ -125,6 +125,7 @@ def test_a_run_that_is_interrupted_says_how_to_go_on_and_two_at_once_do_no_harm(
 SIZE = {"object_store_memory": 150_000_000}
 
 
+@pytest.mark.usefixtures("one_address_only")
 def test_a_node_killed_in_the_middle_changes_nothing(table, tiny_model, quiet, tmp_path):
     store, cluster = tmp_path / "store", Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **SIZE})
     try:

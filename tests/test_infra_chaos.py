@@ -72,6 +72,7 @@ def status(method, url, **headers):
         return 0
 
 
+@pytest.mark.usefixtures("one_address_only")
 def test_no_port_of_a_ray_node_does_anything_without_the_token(tmp_path):
     gcs, dashboard, agent, metrics, client = (four_free_ports() for _ in range(5))
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 32}

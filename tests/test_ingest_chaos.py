@@ -107,6 +107,7 @@ def test_a_run_whose_processes_are_all_killed_twice_and_whose_workers_are_ends_w
     assert not list(store.glob("datasets/*/*/staging"))
 
 
+@pytest.mark.usefixtures("one_address_only")
 def test_a_killed_node_changes_nothing(shards, expected, tmp_path):
     size = {"num_cpus": 1, "object_store_memory": 150_000_000}
     cluster = Cluster(initialize_head=True, head_node_args=size)

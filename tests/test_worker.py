@@ -1,13 +1,17 @@
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from support import sessions
 
 from pipelines.config import PipelineError, SampleOptions
 from pipelines.images import to_png
 from pipelines.requests import ImageRequest, RequestError
 from pipelines.worker import load_worker, picture_seed
+from pipelines.worker.threads import apart
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +186,22 @@ def test_guidance_can_be_limited_to_noise_levels_and_rescaled(worker):
     assert np.array_equal(never, base)
     assert not np.array_equal(some, full)
     assert not np.array_equal(rescaled, full)
+
+
+def test_threads_that_a_call_apart_has_begun_end_with_it():
+    def compute():
+        torch.set_num_threads(2)
+        with torch.no_grad():
+            torch.ones(1 << 20).add_(1)  # large enough to be shared among threads
+        return tasks()
+
+    def tasks():
+        return {path.name for path in Path("/proc/self/task").iterdir()}
+
+    threads, before = torch.get_num_threads(), tasks()
+    try:
+        begun = apart(compute) - before
+        assert len(begun) >= 2, "the one that computes, and its helper"
+        sessions.until(lambda: len(begun & tasks()) <= len(begun) - 2, "both to end", 20, 0.01)
+    finally:
+        torch.set_num_threads(threads)

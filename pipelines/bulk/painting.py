@@ -5,6 +5,7 @@ import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from pipelines.bulk.shards import Record, commit_shard, record_of
 from pipelines.config import PipelineError, ray_address
 from pipelines.model import load_model
 from pipelines.worker import Worker, gpus_of_a_worker, load_worker, pool_size
+from pipelines.worker.threads import apart
 
 # Shards that a worker has at once: rows of the second fill the batch while the last of the first are made.
 _AT_ONCE = 2
@@ -30,7 +32,7 @@ class ShardPainter:
 
     def __init__(self, job: Job) -> None:
         self.job, self.refusal = job, ""
-        worker = _worker(job)
+        worker = apart(partial(_worker, job))
         self.numerics, self.shared = worker.profile, Shared(worker)
         try:
             pin(job.uri, self.numerics)
@@ -78,7 +80,8 @@ def through_actors(job: Job, missing: Sequence[int]) -> Iterator[Made]:
     """
     if not missing:
         return
-    load_model(job.config.model)  # a damaged model is an error here, in one line, and not of an actor that starts again
+    # A damaged model is an error here, in one line, and not of an actor that starts again.
+    apart(partial(load_model, job.config.model))
     size = pool_size(job.config.workers, len(missing))
     for row in (_here if size == 1 and ray_address() is None else _by_pool)(job, missing, size):
         if row["fault"]:
