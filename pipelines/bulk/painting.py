@@ -32,7 +32,7 @@ class ShardPainter:
 
     def __init__(self, job: Job) -> None:
         self.job, self.refusal = job, ""
-        worker = apart(partial(_worker, job))
+        worker = _worker(job)
         self.numerics, self.shared = worker.profile, Shared(worker)
         try:
             pin(job.uri, self.numerics)
@@ -108,7 +108,7 @@ def _by_pool(job: Job, missing: Sequence[int], size: int) -> Iterator[dict[str, 
 
 def _here(job: Job, missing: Sequence[int], _: int) -> Iterator[dict[str, Any]]:
     """What a painter in this process says of each shard."""
-    threads, painter = torch.get_num_threads(), ShardPainter(job)
+    threads, painter = torch.get_num_threads(), apart(partial(ShardPainter, job))
     pool, flying = ThreadPoolExecutor(_AT_ONCE), deque[Future[dict[str, Any]]]()
     try:
         for shard in missing:

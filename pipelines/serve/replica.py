@@ -8,7 +8,6 @@ import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from pipelines.config import PipelineError
@@ -19,7 +18,6 @@ from pipelines.serve.scaling import PENDING
 from pipelines.storage import normalise
 from pipelines.worker import Worker
 from pipelines.worker.loop import Event, Order, Refusal, TickLoop
-from pipelines.worker.threads import apart
 
 _log = logging.getLogger("ray.serve")
 _KEEP_S = 60.0
@@ -128,7 +126,7 @@ class EngineReplica:
         """Load a version beside the ticks of the others. Raises PipelineError where it is damaged, or has no place."""
         try:
             self._make_room(name)
-            worker = await asyncio.to_thread(apart, partial(self._open, uri))
+            worker = await asyncio.to_thread(self._open, uri)
             loop = TickLoop(worker.engine, self._executor, self.settings.queue, self._metrics[name].tell)
             task = asyncio.create_task(self._run(name, loop))
             self._loaded[uri] = _Loaded(name, worker, loop, task, used=time.monotonic())

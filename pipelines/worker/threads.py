@@ -12,6 +12,7 @@ def apart(make: Callable[[], _Made]) -> _Made:
 
     Each thread that computes gets a team, and libgomp counts the members of all: once they are more than the cores,
     they sleep at every barrier instead of waiting awake (throttled spinning), and a tick has thousands of barriers.
+    Waiting awake is for a process that has the machine to itself: where others compute as well, it takes their time.
     """
     with ThreadPoolExecutor(1, "apart") as pool:
         return pool.submit(make).result()
