@@ -43,7 +43,7 @@ from pipelines.bulk.shards import Record, committed, record_uri
 from pipelines.config import GenerateConfig, ServeConfig
 from pipelines.model import load_config
 from pipelines.requests import ImageRequest, open_request
-from pipelines.worker import load_worker
+from pipelines.worker import load_worker, memory
 from pipelines.worker.threads import apart
 
 SHARD, SHARDS = 64, 8
@@ -77,6 +77,7 @@ def job_of(store: str, model: str, **settings: object) -> Job:
 
 def rate(model: str) -> None:
     """The stage's workers, full lanes, against nothing but the sampling loop on the same requests."""
+    memory.keep()  # as the stage does
     jobs.connect()
     compare(model, "by actors", through_actors, 0.9)
 

@@ -23,7 +23,8 @@ class Stage(NamedTuple):
     """A stage: its settings, the module that has its `find` and `run`, whether it needs Ray, and makes a result.
 
     One that makes none has no `find`, and its `run` prints: `call` is that function where a module has several.
-    `command` is what its command line takes, where that is more than its settings.
+    `command` is what its command line takes, where that is more than its settings. One that `paints` makes pictures in
+    this process, where one worker is all that there would be.
     """
 
     config: type[Settings]
@@ -32,6 +33,7 @@ class Stage(NamedTuple):
     makes_result: bool = True
     command: type[Settings] | None = None
     call: str = "run"
+    paints: bool = False
 
     @property
     def flags(self) -> type[Settings]:
@@ -51,8 +53,8 @@ STAGES: dict[str, Stage] = {
     "train": Stage(settings.TrainConfig, "pipelines.train", command=settings.TrainCommand),
     "import": Stage(settings.ImportConfig, "pipelines.exchange", needs_ray=False),
     "export": Stage(settings.ExportConfig, "pipelines.exchange", needs_ray=False),
-    "generate": Stage(settings.GenerateConfig, "pipelines.bulk", command=settings.GenerateCommand),
-    "evaluate": Stage(settings.EvaluateConfig, "pipelines.evaluate"),
+    "generate": Stage(settings.GenerateConfig, "pipelines.bulk", command=settings.GenerateCommand, paints=True),
+    "evaluate": Stage(settings.EvaluateConfig, "pipelines.evaluate", paints=True),
     "serve": Stage(settings.ServeConfig, "pipelines.serve"),
     "key": _printing(settings.KeyConfig, "pipelines.serve.keys", "make_key"),
     "models": _printing(settings.ModelsConfig, "pipelines.registry", "show"),
@@ -86,6 +88,8 @@ def run_stage(
     if place is not None:
         cluster.run_job(name, config, place, told)
         return _made(name, find_result(name, config), place)
+    if STAGES[name].paints:
+        importlib.import_module("pipelines.worker.memory").keep()
     if STAGES[name].needs_ray:
         connect()
     try:

@@ -18,6 +18,7 @@ from pipelines.bulk.shards import Record, commit_shard, record_of
 from pipelines.config import PipelineError, ray_address
 from pipelines.model import load_model
 from pipelines.worker import Worker, gpus_of_a_worker, load_worker, pool_size
+from pipelines.worker.memory import keeping
 from pipelines.worker.threads import apart
 
 # Shards that a worker has at once: rows of the second fill the batch while the last of the first are made.
@@ -102,7 +103,9 @@ def _by_pool(job: Job, missing: Sequence[int], size: int) -> Iterator[dict[str, 
     )
     rows = ray.data.from_items([{"shard": shard} for shard in missing], override_num_blocks=min(len(missing), _TASKS))
     gpus = gpus_of_a_worker()
-    painted = rows.map(ShardPainter, fn_constructor_args=(job,), compute=pool, num_cpus=1, num_gpus=gpus)
+    painted = rows.map(
+        ShardPainter, fn_constructor_args=(job,), compute=pool, num_cpus=1, num_gpus=gpus, runtime_env=keeping()
+    )
     yield from painted.iter_rows()
 
 
