@@ -34,6 +34,7 @@ from pipelines.serve.uploads import Uploads
 from pipelines.storage import StorageError, normalise
 from pipelines.worker import gpus_of_a_worker
 from pipelines.worker.loop import Order
+from pipelines.worker.memory import keeping
 
 _ONGOING = 1024
 _LOOK_BACK_S = 15.0
@@ -183,7 +184,8 @@ def _engine(config: ServeConfig, name: str, served: list[Source]) -> Any:
         counts = {"autoscaling_config": _autoscaling(config)}
     engine = serve.deployment(
         EngineReplica, name=name, max_ongoing_requests=_ONGOING, logging_config=_QUIET,
-        ray_actor_options={"num_cpus": config.cpus, "num_gpus": gpus}, graceful_shutdown_timeout_s=config.drain,
+        ray_actor_options={"num_cpus": config.cpus, "num_gpus": gpus, "runtime_env": keeping()},
+        graceful_shutdown_timeout_s=config.drain,
         health_check_period_s=_HEALTH_S, **counts,
     )  # fmt: skip
     return engine.bind(served, settings)
