@@ -132,12 +132,12 @@ def staged(job: Job, through: Through = through_actors) -> float:
 
 def scaling(model: str) -> None:
     """Two workers over one, each on one thread of this machine."""
-    os.environ["OMP_NUM_THREADS"] = "1"
+    memory.keep()
     jobs.connect()
     rates = {}
     for workers in (1, 2):
         with tempfile.TemporaryDirectory() as store:
-            rates[workers] = staged(job_of(store, model, workers=workers, count=SHARD * SHARDS * workers))
+            rates[workers] = staged(job_of(store, model, workers=workers, threads=1, count=SHARD * SHARDS * workers))
         print(f"{workers} workers: {rates[workers]:.2f} pictures/s", flush=True)
     print(f"2 over 1: {rates[2] / rates[1]:.2f}; {os.cpu_count()} cores, so a worker's threads are others' too")
 

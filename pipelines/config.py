@@ -410,6 +410,7 @@ class EngineOptions(Settings):
     lanes: Annotated[int, How()] = Field(
         32, ge=0, le=1024, description="network inputs a tick, 2 or more; 0 chooses by a short measurement"
     )
+    threads: Annotated[int, How()] = Field(0, ge=0, description="CPU threads of an engine; 0 is one per core")
 
     @field_validator("lanes")
     @classmethod
@@ -524,7 +525,6 @@ class ServeOptions(EngineOptions):
         None, ge=0, description="GPUs of an engine; default: one where the cluster has any"
     )
     cpus: Annotated[float, How()] = Field(1.0, ge=0, description="CPUs that an engine holds of the cluster's")
-    threads: Annotated[int, How()] = Field(0, ge=0, description="CPU threads of an engine; 0 is one per core")
     queue: Annotated[int, How()] = Field(256, ge=1, description="pictures that may wait for an engine")
     timeout: Annotated[float, How()] = Field(300.0, gt=0, description="seconds that a request may take at most")
     retries: Annotated[int, How()] = Field(3, ge=0, description="tries more, where an engine dies at a request")

@@ -81,7 +81,7 @@ def _expected(command: GenerateCommand, rows: int, shards: int, sample: list[Ima
     if not sample:
         yield "no row to make"
         return
-    worker = load_worker(command.model, lanes=command.lanes)
+    worker = load_worker(command.model, lanes=command.lanes, threads=command.threads)
     calls, rate = _measured(worker, sample)
     workers = min(shards, _workers(command, worker))
     seconds = rows * calls / rate

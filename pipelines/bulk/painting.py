@@ -65,12 +65,13 @@ class ShardPainter:
 def _worker(job: Job) -> Worker:
     """The model on a device; where the lanes are to be measured, as many as the job's first worker found best."""
     lanes = job.config.lanes or int((pinned(job.uri) or {}).get("lanes", 0))
-    worker = load_worker(job.config.model, lanes=lanes)
+    load = partial(load_worker, job.config.model, threads=job.config.threads)
+    worker = load(lanes=lanes)
     if lanes == 0:
         with contextlib.suppress(PipelineError):
             pin(job.uri, worker.profile)
         first = int((pinned(job.uri) or {}).get("lanes", 0))
-        return worker if first == worker.profile["lanes"] else load_worker(job.config.model, lanes=first)
+        return worker if first == worker.profile["lanes"] else load(lanes=first)
     return worker
 
 

@@ -62,8 +62,8 @@ def _painter(config: EvaluateConfig, chunks: int) -> Callable[[EvaluateConfig, s
 class ChunkPainter:
     """A worker that makes and keeps whole chunks on its device."""
 
-    def __init__(self, model: str, lanes: int, uri: str) -> None:
-        self.worker: Worker = load_worker(model, lanes=lanes)
+    def __init__(self, model: str, lanes: int, threads: int, uri: str) -> None:
+        self.worker: Worker = load_worker(model, lanes=lanes, threads=threads)
         self.uri = uri
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def _here(config: EvaluateConfig, uri: str, missing: Chunks) -> Iterator[str]:
     """Chunks by a worker in this process; their stems as they are done."""
     threads = torch.get_num_threads()
     try:
-        worker = load_worker(config.model, lanes=config.lanes)
+        worker = load_worker(config.model, lanes=config.lanes, threads=config.threads)
         for stem, requests in missing.items():
             _keep(uri, stem, worker.paint(requests))
             yield stem
@@ -93,7 +93,9 @@ def _through_actors(config: EvaluateConfig, uri: str, missing: Chunks) -> Iterat
     ray.data.DataContext.get_current().enable_progress_bars = False
     rows = [{"stem": stem, "requests": pickle.dumps(requests)} for stem, requests in missing.items()]
     painted = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        ChunkPainter, fn_constructor_args=(config.model, config.lanes, uri), **pool_of(config.workers, len(rows))
+        ChunkPainter,
+        fn_constructor_args=(config.model, config.lanes, config.threads, uri),
+        **pool_of(config.workers, len(rows)),
     )
     for row in painted.iter_rows():
         yield row["stem"]

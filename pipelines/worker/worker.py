@@ -135,9 +135,9 @@ def pixels_of(picture: Tensor) -> Pixels:
     return pixels
 
 
-def load_worker(model_uri: str, device: str = "auto", lanes: int = LANES) -> Worker:
+def load_worker(model_uri: str, device: str = "auto", lanes: int = LANES, threads: int = 0) -> Worker:
     """The model at a URI on a device. Raises StorageError where it is missing or damaged."""
-    return Worker(load_model(model_uri), device, lanes)
+    return Worker(load_model(model_uri), device, lanes, threads)
 
 
 def picture_seed(seed: int, index: int) -> int:
