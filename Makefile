@@ -4,7 +4,7 @@ PIP = PIP_CONSTRAINT=$(CURDIR)/constraints.txt .venv/bin/pip install --quiet
 # make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu   takes torch from another index (CPU or CUDA builds)
 TORCH_INDEX ?=
 
-.PHONY: demo test chaos bench lint serve up down setup clean
+.PHONY: demo test chaos image bench lint serve up down setup clean
 
 demo: .venv/installed
 	.venv/bin/python flows.py demo $(FLAGS)
@@ -25,6 +25,10 @@ test: .venv/installed .venv-s3/installed
 # Trials that kill processes and nodes and break the way to the store; about 40 minutes.
 chaos: .venv/installed .venv-s3/installed
 	.venv/bin/python -m pytest -m chaos $(FLAGS)
+
+# The Dockerfile's steps without Docker, in a bare Debian by debootstrap (root only); about five minutes.
+image: .venv/installed
+	.venv/bin/python -m pytest -m image $(FLAGS)
 
 # Every figure of docs/results.md anew; make bench FLAGS="--only inpainting"
 bench: .venv/installed .venv-s3/installed
