@@ -228,7 +228,7 @@ def test_a_service_that_is_killed_promotes_and_restarts_meanwhile_makes_what_act
 
 
 def test_a_batch_whose_ingress_is_killed_goes_on(service, versions, marked):
-    own, count = openai.OpenAI(base_url=f"{service.url}/v1", api_key="none"), 640
+    own, count = openai.OpenAI(base_url=f"{service.url}/v1", api_key="none"), 384
     rows = "".join(f"cat,{seed}\n" for seed in range(count))
     file = own.files.create(file=("t.csv", f"class,seed\n{rows}".encode()), purpose="batch")
     batch = own.batches.create(
