@@ -17,8 +17,7 @@ from pipelines.bulk.numerics import pin, pinned
 from pipelines.bulk.shards import Record, commit_shard, record_of
 from pipelines.config import PipelineError, ray_address
 from pipelines.model import load_model
-from pipelines.worker import Worker, gpus_of_a_worker, load_worker, pool_size
-from pipelines.worker.memory import keeping
+from pipelines.worker import Worker, load_worker, one_of_a_pool, pool_size
 from pipelines.worker.threads import apart
 
 # Shards that a worker has at once: rows of the second fill the batch while the last of the first are made.
@@ -103,11 +102,7 @@ def _by_pool(job: Job, missing: Sequence[int], size: int) -> Iterator[dict[str, 
         enable_true_multi_threading=True,
     )
     rows = ray.data.from_items([{"shard": shard} for shard in missing], override_num_blocks=min(len(missing), _TASKS))
-    gpus = gpus_of_a_worker()
-    painted = rows.map(
-        ShardPainter, fn_constructor_args=(job,), compute=pool, num_cpus=1, num_gpus=gpus, runtime_env=keeping()
-    )
-    yield from painted.iter_rows()
+    yield from rows.map(ShardPainter, fn_constructor_args=(job,), compute=pool, **one_of_a_pool()).iter_rows()
 
 
 def _here(job: Job, missing: Sequence[int], _: int) -> Iterator[dict[str, Any]]:

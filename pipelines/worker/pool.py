@@ -2,13 +2,19 @@
 
 from typing import Any
 
+from pipelines.worker.memory import keeping
+
 
 def pool_of(workers: int, tasks: int) -> dict[str, Any]:
-    """Arguments of a Ray Data map for a pool of so many workers as `pool_size` says, each with a device."""
+    """Arguments of a Ray Data map for a pool of so many workers as `pool_size` says, each as `one_of_a_pool` says."""
     import ray.data
 
-    compute = ray.data.ActorPoolStrategy(size=pool_size(workers, tasks))
-    return {"compute": compute, "num_cpus": 1, "num_gpus": gpus_of_a_worker()}
+    return {"compute": ray.data.ActorPoolStrategy(size=pool_size(workers, tasks)), **one_of_a_pool()}
+
+
+def one_of_a_pool() -> dict[str, Any]:
+    """Ray's options of a worker: a device, and memory that it keeps from its start."""
+    return {"num_cpus": 1, "num_gpus": gpus_of_a_worker(), "runtime_env": keeping()}
 
 
 def gpus_of_a_worker() -> int:
