@@ -1,4 +1,8 @@
+import ctypes
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +14,7 @@ from support import sessions
 from pipelines.config import PipelineError, SampleOptions
 from pipelines.images import to_png
 from pipelines.requests import ImageRequest, RequestError
-from pipelines.worker import load_worker, picture_seed
+from pipelines.worker import load_worker, memory, picture_seed
 from pipelines.worker.threads import apart
 
 
@@ -205,3 +209,37 @@ def test_threads_that_a_call_apart_has_begun_end_with_it():
         sessions.until(lambda: len(begun & tasks()) <= len(begun) - 2, "both to end", 20, 0.01)
     finally:
         torch.set_num_threads(threads)
+
+
+# Takes and frees 32 MB in a thread, over and over; prints how many pages it had to ask for after the first time.
+TICKS = """
+import resource, runpy, threading
+import numpy as np
+
+if {keeps}:
+    runpy.run_path({file!r})["keep"]()
+
+def ticks():
+    for tick in range(12):
+        if tick == 2:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        parts = [np.ones(1 << 20) for _ in range(4)]
+        del parts
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+thread = threading.Thread(target=ticks)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_memory_that_a_tick_frees_is_there_for_the_next_one():
+    def pages(keeps, **environment):
+        command = [sys.executable, "-c", TICKS.format(keeps=keeps, file=memory.__file__)]
+        run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, check=True)
+        return int(run.stdout)
+
+    assert pages(False) > 10_000, "glibc by itself: otherwise there is nothing to keep"
+    assert pages(True) < 500
+    assert pages(False, **memory.keeping()["env_vars"]) < 500
