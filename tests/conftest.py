@@ -109,6 +109,10 @@ class FaultProxy:
         """Take these rules instead of any before; each is a dict with match, kind, times …"""
         self._ask(json.dumps(rules).encode())
 
+    def weather(self, rules, *first):
+        """Take `first` and these rules, each of which does its harm once for certain, and then by chance."""
+        self.rules(*first, *({**rule, "prob": 1, "times": 1} for rule in rules), *rules)
+
     def done(self):
         """The faults done since, as [request, kind]."""
         return self._ask(None)["log"]

@@ -79,10 +79,7 @@ def records(store):
 
 
 def wait_for(process, store, wanted):
-    deadline = time.monotonic() + 120
-    while len(records(store)) < wanted and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert process.poll() is None, process.communicate()[0]
+    sessions.until_at_work(process, lambda: len(records(store)) >= wanted, f"{wanted} shards", 120, 0.01)
 
 
 def test_a_run_killed_in_part_and_whole_interrupted_and_gone_on_with_twice_at_once_ends_with_the_same_bytes(
@@ -267,7 +264,7 @@ WEATHER = [
 def test_bad_weather_on_the_way_to_s3_changes_nothing(table, tiny_model, quiet, bucket, fault_proxy):
     for path in Path(table).parent.iterdir():
         storage.write_bytes(f"{bucket}/in/{path.name}", path.read_bytes())
-    fault_proxy.rules(*[{**rule, "prob": 1, "times": 1} for rule in WEATHER], *WEATHER)
+    fault_proxy.weather(WEATHER)
     output, code = finish(start(f"{bucket}/in/t.csv", tiny_model, f"{bucket}/store", AWS_ENDPOINT_URL=fault_proxy.url))
     faults = {kind for _, kind in fault_proxy.done()}
     fault_proxy.rules()

@@ -71,11 +71,7 @@ def same(dataset, expected):
 
 def wait_for(process, store, wanted):
     """Wait until so many units are read, of a run that is at work."""
-    deadline = time.monotonic() + 200
-    while len(records(store)) < wanted and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert process.poll() is None, process.communicate()[0]
-    assert len(records(store)) >= wanted
+    sessions.until_at_work(process, lambda: len(records(store)) >= wanted, f"{wanted} units", 200, 0.02)
 
 
 def kill_workers(process, most):
@@ -136,8 +132,6 @@ WEATHER = [
     {"match": "PUT .*", "kind": "lost_response", "prob": 0.1},
     {"match": ".*", "kind": "latency", "prob": 0.2, "ms": 100},
 ]
-# Each kind once for certain, and then by chance.
-WEATHER = [{**rule, "prob": 1, "times": 1} for rule in WEATHER] + WEATHER
 
 
 @pytest.fixture
@@ -150,7 +144,7 @@ def shards_in_bucket(shards, bucket):
 def test_bad_weather_on_the_way_to_s3_changes_nothing_and_a_fault_that_stays_stops_a_run_that_the_next_one_ends(
     shards_in_bucket, bucket, undisturbed, fault_proxy
 ):
-    fault_proxy.rules({"match": "GET .*noise-3.tar", "kind": "slowdown"}, *WEATHER)
+    fault_proxy.weather(WEATHER, {"match": "GET .*noise-3.tar", "kind": "slowdown"})
     output, code = finish(start(shards_in_bucket, f"{bucket}/store", AWS_ENDPOINT_URL=fault_proxy.url))
     faults = fault_proxy.done()
     fault_proxy.rules()
@@ -159,7 +153,7 @@ def test_bad_weather_on_the_way_to_s3_changes_nothing_and_a_fault_that_stays_sto
     assert f"{shards_in_bucket}/noise-3.tar" in output
     assert not [info for info in storage.list_objects(f"{bucket}/store") if info.uri.endswith("manifest.json")]
     every_tar = {"match": "GET .*\\.tar", "kind": "latency", "ms": 1}
-    fault_proxy.rules(every_tar, *WEATHER)
+    fault_proxy.weather(WEATHER, every_tar)
     output, code = finish(start(shards_in_bucket, f"{bucket}/store", AWS_ENDPOINT_URL=fault_proxy.url))
     later = fault_proxy.done()
     fault_proxy.rules()

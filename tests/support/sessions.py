@@ -77,6 +77,17 @@ def kill_marked(mark, title):
     return killed
 
 
+def until_at_work(process, found, what, seconds, every):
+    """As `until`, of a run that has not ended when it has come so far."""
+
+    def at_work():
+        value = found()
+        assert process.poll() is None, process.communicate()[0]
+        return value
+
+    return until(at_work, what, seconds, every)
+
+
 def until(found, what, seconds, every):
     """What `found` returns once that is something; an error after so many seconds, looked at `every` so many."""
     deadline = time.monotonic() + seconds
