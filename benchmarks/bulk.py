@@ -159,6 +159,7 @@ def alone(question: str, model: str) -> str:
 
 def plan_once(model: str) -> None:
     """One plan; prints what it took."""
+    memory.keep()  # as the stage does
     model, rows, kind = model.split("#")
     with tempfile.TemporaryDirectory() as folder:
         table = table_of(folder, model, int(rows), kind)
@@ -229,6 +230,7 @@ def drive_once(model: str) -> None:
     """One job of two workers; prints what its driver took, and what one took that found all shards committed."""
     model, rows = model.split("#")
     painting.ShardPainter = Stamp  # type: ignore[misc]
+    memory.keep()  # as the stage does
     jobs.connect()
     with tempfile.TemporaryDirectory() as store:
         config = GenerateConfig(store=store, model=model, count=int(rows), steps=1, workers=2)

@@ -158,6 +158,17 @@ def test_make_bench_runs_every_command_of_the_results():
     assert bench.filled("python benchmarks/engine.py MODEL", {"MODEL": None}) == "no MODEL"
 
 
+def test_trials_chosen_by_name_in_the_text_exist():
+    chosen = []
+    for page in PAGES:
+        for file, names in re.findall(r'pytest [^`\n]*(tests/\w+\.py) -k ("[^"]+"|\w+)', page.read_text()):
+            trials = re.findall(r"^def (test_\w+)", (ROOT / file).read_text(), flags=re.M)
+            for name in re.findall(r"\w+", names.replace(" or ", " ")):
+                assert any(name in trial for trial in trials), f"{page.name}: no {name!r} in {file}"
+                chosen.append(name)
+    assert len(chosen) > 3
+
+
 def test_flags_named_in_the_text_exist():
     kinds = [stage.flags for stage in STAGES.values()] + [kind for _, kind in flows.FLOWS.values()]
     known = {"--help", "--flags", "--generate"}
