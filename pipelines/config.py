@@ -519,6 +519,10 @@ class ServeOptions(EngineOptions):
     calls_per_replica: Annotated[int, How()] = Field(
         600, ge=1, description="denoiser calls that may wait for an engine before one more is started"
     )
+    surge: Annotated[int, How()] = Field(
+        0, ge=0, le=100, description="percent of new engines beside the old ones while a running service is brought up "
+        "to date, for which the cluster needs room; 0 stops old ones first, and requests wait for the new"
+    )  # fmt: skip
     rest_after: Annotated[float, How()] = Field(60.0, ge=0, description="seconds of less load before engines stop")
     ingress_replicas: Annotated[int, How()] = Field(1, ge=1, description="processes that take HTTP requests")
     gpus: Annotated[float | None, How()] = Field(

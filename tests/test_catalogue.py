@@ -54,6 +54,29 @@ def test_a_model_is_found_by_name_and_by_the_digest_of_its_live_version(tmp_path
         one.find("birds")
 
 
+def test_a_service_that_begins_looks_again_where_an_engine_died(tmp_path):
+    uri = publish(str(tmp_path), 1)
+    ends = ["the engine that should load it died", None, None]
+    one = catalogue(store=str(tmp_path), name="tiny")
+
+    async def prepare(_):
+        return ends.pop(0)
+
+    one.prepare = prepare
+    asyncio.run(one.begin(3, 0.01))
+    assert [version.uri for version in one] == [uri]
+    assert ends == [None], "and no more than it must"
+
+
+def test_a_service_that_begins_gives_up_in_time(tmp_path):
+    publish(str(tmp_path), 1)
+    prepared = []
+    one = catalogue(prepared, "it is damaged", store=str(tmp_path), name="tiny")
+    asyncio.run(one.begin(2, 0.01))
+    assert len(prepared) == 3
+    assert not one.ready
+
+
 def test_what_no_engine_can_load_does_not_answer(tmp_path):
     first, second = publish(str(tmp_path), 1), publish(str(tmp_path), 2)
     make_live(first)

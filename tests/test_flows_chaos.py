@@ -115,13 +115,25 @@ class Site:
 
     def jobs(self):
         """Ray's jobs by id: status and exit status."""
-        token = (self.home / "ray-token").read_text()
-        request = urllib.request.Request(f"{self.cluster}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            told = json.load(answer)
+        told = self.ray("jobs")
         return {
             each["submission_id"]: (each["status"], each["driver_exit_code"]) for each in told if each["submission_id"]
         }
+
+    def at_work(self):
+        """How many replicas of each deployment of the service run on the cluster."""
+        deployments = self.ray("serve/applications")["applications"]["images"]["deployments"]
+        return {
+            name: sum(replica["state"] == "RUNNING" for replica in each["replicas"])
+            for name, each in deployments.items()
+        }
+
+    def ray(self, path):
+        """What the cluster's head answers."""
+        token = (self.home / "ray-token").read_text()
+        request = urllib.request.Request(f"{self.cluster}/api/{path}/", headers={"Authorization": f"Bearer {token}"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
 
     def job_of(self, run):
         return self.ask(f"flow_runs/{run}")["labels"].get("ray.job")
@@ -206,9 +218,9 @@ def test_a_schedule_fires_and_the_night_leaves_its_pictures_and_a_live_model(sit
         assert b"<html" in answer.read()
 
 
-def _answers(url):
+def _answers(url, within=5):
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
+        with urllib.request.urlopen(url, timeout=within) as answer:
             return answer.status == 200
     except OSError:
         return False
@@ -295,11 +307,23 @@ def test_the_service_goes_onto_the_cluster_and_is_brought_up_to_date_there(site)
     assert f"]({address})" in site.artifacts(first)["service"]
     with urllib.request.urlopen(f"{address}/v1/models", timeout=30) as answer:
         assert [model["id"] for model in json.load(answer)["data"]] == ["faces"]
-    second = site.run("deploy", **place, queue=300)
-    answered, asked = 0, 0
+    one, least = _picture(address), site.at_work()
+    assert set(least) == {"Ingress", "engine"}
+    second = site.run("deploy", **place, queue=300, surge=100)
     while site.state(second) not in ("Completed", "Failed", "Crashed"):
-        answered, asked = answered + _answers(f"{address}/readyz"), asked + 1
-        time.sleep(0.5)
+        assert _answers(f"{address}/readyz", 60)
+        assert _picture(address) == one, "whichever engine makes it"
+        now = site.at_work()  # which knows of none while the application is being built
+        least = {name: min(count, now.get(name, count)) for name, count in least.items()}
     assert site.state(second) == "Completed", site.lines(second)[-20:]
     assert _answers(f"{address}/readyz")
-    assert answered == asked > 0, "the old one answers until the new one does"
+    assert set(least.values()) == {1}, "the old ones answer until the new ones do"
+    assert "'queue': 300" in str(site.ray("serve/applications")["applications"]["images"]["deployed_app_config"])
+
+
+def _picture(address):
+    """A picture of the service."""
+    body = json.dumps({"seed": 1, "steps": 2, "response_format": "b64_json"}).encode()
+    request = urllib.request.Request(f"{address}/v1/images/generations", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)["data"][0]["b64_json"]

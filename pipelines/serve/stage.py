@@ -37,6 +37,7 @@ from pipelines.worker.loop import Order
 from pipelines.worker.memory import keeping
 
 _ONGOING = 1024
+_ALL = 100
 _LOOK_BACK_S = 15.0
 _HEALTH_S = 2.0
 _MISSED = 15
@@ -63,7 +64,7 @@ class Ingress:
         desk = Desk(uploads, batches, catalogue, app, config.callback) if config.batches else None
         self.service = Service(config, catalogue, dispatcher, ring, metrics, desk)
         self._others: dict[str, Version] = {}
-        await catalogue.refresh()
+        await catalogue.begin(config.retries, config.watch)
         runner = Runner(batches, config.batches, config.watch, _environment(), _leads)
         self._watching = [asyncio.create_task(each) for each in (catalogue.watch(config.watch), runner.watch())]
 
@@ -170,7 +171,7 @@ def application(config: ServeConfig) -> Any:
     ingress = serve.deployment(
         Ingress, name="Ingress", num_replicas=config.ingress_replicas, max_ongoing_requests=_ONGOING,
         max_queued_requests=_ONGOING, logging_config=_QUIET, ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=config.drain,
+        graceful_shutdown_timeout_s=config.drain, max_surge_percent=_ALL,  # one that is replaced answers until then
     )  # fmt: skip
     return ingress.bind(config, engines)
 
@@ -186,7 +187,7 @@ def _engine(config: ServeConfig, name: str, served: list[Source]) -> Any:
         EngineReplica, name=name, max_ongoing_requests=_ONGOING, logging_config=_QUIET,
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": gpus, "runtime_env": keeping()},
         graceful_shutdown_timeout_s=config.drain,
-        health_check_period_s=_HEALTH_S, **counts,
+        health_check_period_s=_HEALTH_S, max_surge_percent=config.surge, **counts,
     )  # fmt: skip
     return engine.bind(served, settings)
 
