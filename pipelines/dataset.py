@@ -91,8 +91,11 @@ class Dataset:
 
     def sources(self) -> list[ObjectInfo]:
         """The objects that it was read from, tables among them. Raises StorageError where the list is damaged."""
-        table = pq.read_table(io.BytesIO(storage.read_part(self.uri, self.manifest["sources"])))
-        return [ObjectInfo(**row) for row in table.to_pylist()]
+        return [ObjectInfo(**row) for row in self.sources_table().select(["uri", "size", "version"]).to_pylist()]
+
+    def sources_table(self) -> pa.Table:
+        """These objects with their classes by folder, as they were listed. Raises StorageError as `sources` does."""
+        return pq.read_table(io.BytesIO(storage.read_part(self.uri, self.manifest["sources"])))
 
     def origins(self) -> Iterator[str]:
         """Source of every picture: the URI of an object, in a shard followed by `#` and the picture's name there."""

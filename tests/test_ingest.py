@@ -491,6 +491,23 @@ def test_a_source_that_was_changed_or_taken_away_is_not_built_upon(tmp_path):
     assert dataset.manifest["counts"]["kept"] == 34
 
 
+def test_the_same_objects_below_another_source_have_other_classes_and_are_another_dataset(tmp_path):
+    source = write_folder(tmp_path / "in")
+    names = sorted({name for name, _ in PICTURES.values()})
+    by_class = run(tmp_path, source)
+    assert list(by_class.manifest["classes"]) == names
+    apart = config_of(tmp_path / "store", *(source / name for name in names))
+    assert ingest.find(apart) is None
+    flat = open_dataset(ingest.run(apart).uri)
+    assert flat.manifest["classes"] == {}
+    assert flat.manifest["parent"] is None
+    unlabelled = {"labels": "ignored"}
+    first = run(tmp_path, source, **unlabelled)
+    found = ingest.find(apart.model_copy(update=unlabelled))
+    assert found is not None
+    assert found.uri == first.uri, "without classes it does not matter"
+
+
 def test_a_run_that_comes_second_reports_the_first(tmp_path, capsys, monkeypatch):
     source = many(tmp_path / "in", 20)
     config = config_of(tmp_path / "store", source)

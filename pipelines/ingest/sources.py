@@ -17,10 +17,14 @@ from pipelines.storage import ObjectInfo
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 PARQUETS = (".parquet",)
 TABLES = (".jsonl", ".ndjson", ".csv", ".tsv")
+_MANY = TARS + PARQUETS + TABLES
 INDEXES = (".idx", "index.json")
 _PICTURES_IN_UNIT = 256
 # Where a store keeps results, below it: each in a folder whose name is a digest.
 _RESULT = re.compile(r"/(cartoons|(datasets|models|images|evaluations)/[^/]+)/[0-9a-f]{16}/")
+
+
+Fingerprint = tuple[str, int, str, str]
 
 
 @dataclass(frozen=True)
@@ -71,21 +75,28 @@ class Unit:
 
 @dataclass(frozen=True)
 class Listing:
-    """All objects of all sources, sorted by URI, each with the root that it was found under."""
+    """All objects of all sources, sorted by URI, and the classes of those that lie in one folder per class."""
 
-    roots: dict[str, str] = field(default_factory=dict)
+    classes: dict[str, str] = field(default_factory=dict)
     taken: tuple[ObjectInfo, ...] = ()
     ignored: tuple[ObjectInfo, ...] = ()
 
-    def without(self, known: set[tuple[str, int, str]]) -> "Listing":
+    def fingerprint(self, info: ObjectInfo) -> Fingerprint:
+        """What an object is known by in later runs: URI, size, version, and its class by folder.
+
+        That is another one where the same object is found below another source.
+        """
+        return printable(info.uri), info.size, info.version, printable(self.classes.get(info.uri, ""))
+
+    def without(self, known: set[Fingerprint]) -> "Listing":
         """The listing less the objects that are known already."""
-        taken = tuple(info for info in self.taken if fingerprint(info) not in known)
-        return Listing(self.roots, taken, self.ignored)
+        taken = tuple(info for info in self.taken if self.fingerprint(info) not in known)
+        return Listing(self.classes, taken, self.ignored)
 
 
 def list_sources(config: IngestConfig) -> Listing:
     """List all sources. Raises StorageError where one does not exist, PipelineError where none has a picture."""
-    roots: dict[str, str] = {}
+    classes: dict[str, str] = {}
     objects: dict[str, ObjectInfo] = {}
     explicit: set[str] = set()
     for source in config.source:
@@ -93,8 +104,10 @@ def list_sources(config: IngestConfig) -> Listing:
         pattern = storage.is_pattern(source)
         if pattern or [info.uri for info in found] == [storage.normalise(source)]:
             explicit |= {info.uri for info in found}
+        root = _root(source) if pattern else storage.normalise(source)
         for info in found:
-            roots.setdefault(info.uri, _root(source) if pattern else storage.normalise(source))
+            if info.uri not in objects and config.labels != "ignored":
+                classes[info.uri] = _folder_class(root, info.uri)
             objects.setdefault(info.uri, info)
     ordered = [objects[uri] for uri in sorted(objects)]
     taken = tuple(info for info in ordered if _is_taken(info.uri, info.uri in explicit))
@@ -105,7 +118,7 @@ def list_sources(config: IngestConfig) -> Listing:
         )
     left = {info.uri for info in taken}
     ignored = tuple(info for info in ordered if info.uri not in left and not info.uri.endswith(INDEXES))
-    return Listing(roots, taken, ignored)
+    return Listing(classes, taken, ignored)
 
 
 def units(config: IngestConfig, listing: Listing) -> Iterator[Unit]:
@@ -126,11 +139,6 @@ def units(config: IngestConfig, listing: Listing) -> Iterator[Unit]:
         if group:
             yield _group(number, kind, group)
             number += 1
-
-
-def fingerprint(info: ObjectInfo) -> tuple[str, int, str]:
-    """What an object is known by in later runs."""
-    return printable(info.uri), info.size, info.version
 
 
 def _ends(uri: str, suffixes: tuple[str, ...]) -> bool:
@@ -160,14 +168,14 @@ def _group(number: int, kind: str, entries: list[Entry]) -> Unit:
 
 def _files(listing: Listing) -> Iterator[Entry]:
     for info in listing.taken:
-        if not _ends(info.uri, TARS + PARQUETS + TABLES):
-            yield Entry(info.uri, info.size, info.version, _folder_class(listing.roots[info.uri], info.uri))
+        if not _ends(info.uri, _MANY):
+            yield Entry(info.uri, info.size, info.version, listing.classes.get(info.uri) or None)
 
 
-def _folder_class(root: str, uri: str) -> str | None:
-    """The class of a picture in one folder per class: the first folder below the source; None in a flat folder."""
-    below = uri.removeprefix(root).lstrip("/") if uri.startswith(root) else ""
-    return below.split("/")[0] if "/" in below else None
+def _folder_class(root: str, uri: str) -> str:
+    """The class of a picture in one folder per class: the first folder below the source; empty for what has none."""
+    below = uri.removeprefix(root).lstrip("/") if uri.startswith(root) and not _ends(uri, _MANY) else ""
+    return below.split("/")[0] if "/" in below else ""
 
 
 def _rows(config: IngestConfig, listing: Listing) -> Iterator[Entry]:

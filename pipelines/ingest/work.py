@@ -9,11 +9,11 @@ import pyarrow as pa
 from pipelines import storage
 from pipelines.config import IngestConfig, identity, what
 from pipelines.dataset import Dataset
-from pipelines.ingest.sources import Listing, fingerprint, list_sources
+from pipelines.ingest.sources import Fingerprint, Listing, list_sources
 from pipelines.ingest.units import to_parquet
 
-VERSION = 3
-_SOURCES = pa.schema([("uri", pa.string()), ("size", pa.int64()), ("version", pa.string())])
+VERSION = 4
+_SOURCES = pa.schema([("uri", pa.string()), ("size", pa.int64()), ("version", pa.string()), ("class", pa.string())])
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,18 @@ def plan_work(config: IngestConfig) -> Work:
     One that has all of them, because another run has just published it, is what was to be made.
     """
     listing = list_sources(config)
-    here = {fingerprint(info) for info in listing.taken}
-    parent, known = None, set[tuple[str, int, str]]()
+    here = {listing.fingerprint(info) for info in listing.taken}
+    parent, known = None, set[Fingerprint]()
     for dataset in earlier(config) if config.extend else ():
         if dataset.manifest["sources"]["rows"] <= len(known) or dataset.manifest["reasons"].get("rare_class"):
             continue  # a class that was too rare may not be so any more: all of it has to be read again
-        has = {fingerprint(info) for info in dataset.sources()}
+        has = {tuple(row.values()) for row in dataset.sources_table().to_pylist()}
         if has <= here:
             parent, known = dataset, has
     new = listing.without(known)
     if parent and not new.taken:
         return Work(config, listing, None, new, parent.uri)
-    made = [list(fingerprint(info)) for info in new.taken]
+    made = [list(new.fingerprint(info)) for info in new.taken]
     digest = identity("ingest", VERSION, what(config), [parent.digest if parent else "", made])
     uri = storage.join(storage.normalise(config.store), "datasets", config.name, digest)
     return Work(config, listing, parent, new, uri)
@@ -77,7 +77,7 @@ def earlier(config: IngestConfig) -> Iterator[Dataset]:
 
 def sources_table(listing: Listing) -> bytes:
     """The listing as a part of the dataset, the same bytes for the same objects."""
-    columns = zip(*map(fingerprint, listing.taken), strict=True)
+    columns = zip(*map(listing.fingerprint, listing.taken), strict=True)
     return to_parquet(pa.table([pa.array(column) for column in columns], schema=_SOURCES), compression="zstd")
 
 
