@@ -222,13 +222,18 @@ print('generate: {images}')"""
 
 
 def test_a_damaged_batch_holds_up_no_other(client, service, images):
-    folder = service.runner.batches.folder
-    storage.write_bytes(f"{folder}/anybody/batches/batch_broken/batch.json", b"{}")
-    storage.write_bytes(f"{folder}/open/anybody.batch_broken", b"")
     batch = order(client, metadata={"number": "5"})
+    folder = service.runner.batches.folder
+    (owner,) = {info.uri.rsplit("/", 1)[1].partition(".")[0] for info in storage.list_objects(f"{folder}/open")}
+    storage.write_bytes(f"{folder}/{owner}/batches/batch_broken/batch.json", b"{}")
+    storage.write_bytes(f"{folder}/open/{owner}.batch_broken", b"")
     with making(service, script(f"print('generate: {images}')")):
         until(client, batch, "completed")
-    storage.remove_object(f"{folder}/open/anybody.batch_broken")
+    listed = [each.id for each in client.batches.list()]
+    assert batch.id in listed
+    assert "batch_broken" not in listed
+    storage.remove_folder(f"{folder}/{owner}/batches/batch_broken")
+    storage.remove_object(f"{folder}/open/{owner}.batch_broken")
 
 
 def test_a_key_sees_its_own_alone(tiny_model, tmp_path, capsys):

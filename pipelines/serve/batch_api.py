@@ -1,5 +1,6 @@
 """Files and batches as OpenAI's API has them: a table is uploaded and ordered, and what was made of it is fetched."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -26,6 +27,7 @@ from pipelines.serve.catalogue import Catalogue
 from pipelines.serve.guard import UPLOADS, sender
 from pipelines.serve.uploads import Upload, Uploads, file_object, owner_of
 
+_log = logging.getLogger("ray.serve")
 T = TypeVar("T", Upload, Ordered)
 Lines = Callable[[Ordered, str], Iterator[bytes]]
 _LINES: dict[str, Lines] = {OUTPUT: output_lines, ERRORS: error_lines}
@@ -144,7 +146,7 @@ def _add_batches(api: fastapi.FastAPI, desk: Desk) -> None:
     @api.get("/v1/batches")
     def ordered(request: fastapi.Request, limit: Limit = _PAGE, after: str = "") -> dict[str, Any]:
         """Your batches, the newest first."""
-        shown, more = _page(batches.all_of(_owner(request)), limit, after)
+        shown, more = _page(batches.all_of(_owner(request), _log.warning), limit, after)
         return _list([told(each) for each in shown], more)
 
     @api.get("/v1/batches/{identity}")

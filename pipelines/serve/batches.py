@@ -3,7 +3,7 @@
 import base64
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -123,31 +123,40 @@ class Batches:
         except storage.NotFoundError:
             return None
         except TypeError as error:
-            raise storage.DamagedError(f"{place}: no batch as this version writes them ({error})") from error
+            raise _damaged(place, error) from error
 
-    def all_of(self, owner: str) -> list[Ordered]:
-        """All batches of an owner, the newest first."""
+    def all_of(self, owner: str, tell: Callable[[str], None] = lambda _: None) -> list[Ordered]:
+        """All batches of an owner, the newest first; `tell` hears of those that are damaged."""
         names = storage.list_folders(storage.join(self.folder, owner, "batches"))
-        found = [each for each in (self.find(owner, name) for name in names) if each is not None]
-        return sorted(found, key=lambda each: (-each.created_at, each.id))
+        return sorted(
+            self._whole(((owner, name) for name in names), tell), key=lambda each: (-each.created_at, each.id)
+        )
 
     def unfinished(self, tell: Callable[[str], None] = lambda _: None) -> list[Ordered]:
         """The batches of all owners that are to be made, the oldest first; `tell` hears of those that are damaged."""
-        found = []
-        for info in storage.list_if_any(self._open):
-            owner, _, identity = info.uri.rsplit("/", 1)[1].partition(".")
+        names = (info.uri.rsplit("/", 1)[1].partition(".") for info in storage.list_if_any(self._open))
+        found = self._whole(((owner, identity) for owner, _, identity in names), tell)
+        return sorted(found, key=lambda each: (each.created_at, each.id))
+
+    def _whole(self, names: Iterable[tuple[str, str]], tell: Callable[[str], None]) -> Iterator[Ordered]:
+        """Those of the owners' batches that are not damaged."""
+        for owner, identity in names:
             try:
-                found.append(self.find(owner, identity))
+                found = self.find(owner, identity)
+                if found is not None:
+                    yield found
             except storage.StorageError as error:
-                tell(f"{identity} waits: {error}")
-        return sorted((each for each in found if each is not None), key=lambda each: (each.created_at, each.id))
+                tell(f"{identity} is left out: {error}")
 
     def state(self, ordered: Ordered) -> State:
-        """How far a batch is."""
+        """How far a batch is. Raises StorageError where that is damaged."""
+        place = self._place(ordered, "state.json")
         try:
-            state = State(**storage.read_json(self._place(ordered, "state.json")))
+            state = State(**storage.read_json(place))
         except storage.NotFoundError:
             state = State()
+        except TypeError as error:
+            raise _damaged(place, error) from error
         if state.status in ENDED or not self.is_cancelled(ordered):
             return state
         return State(**{**asdict(state), "status": "cancelling"})
@@ -170,6 +179,10 @@ class Batches:
 
     def _place(self, ordered: Ordered, name: str) -> str:
         return storage.join(self.folder, ordered.owner, "batches", ordered.id, name)
+
+
+def _damaged(place: str, error: TypeError) -> storage.DamagedError:
+    return storage.DamagedError(f"{place}: no batch as this version writes them ({error})")
 
 
 def batch_object(ordered: Ordered, state: State) -> dict[str, Any]:
