@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from diffusion_core.config import PRESETS, ModelConfig
 from pipelines import cluster
 from pipelines import config as settings
-from pipelines.config import Outcome, PipelineError, Settings
+from pipelines.config import AwayError, Outcome, PipelineError, Settings
 from pipelines.flow_config import Cluster
 from pipelines.report import Showing
 from pipelines.storage import list_objects
@@ -179,7 +179,19 @@ def connect() -> None:
         "_system_config": keep,
     }  # fmt: skip
     # Workers' lines are for Ray's log files: what people should see comes through progress.Board and as errors.
-    ray.init(**({} if settings.ray_address() else own), logging_level=logging.WARNING, log_to_driver=False)
+    _start({} if settings.ray_address() else own)
+
+
+def _start(options: dict[str, Any]) -> None:
+    """Start Ray, or go to the one that runs. Raises AwayError where that takes longer than Ray waits."""
+    import ray
+
+    try:
+        ray.init(**options, logging_level=logging.WARNING, log_to_driver=False)
+    except Exception as error:
+        if type(error) is not Exception:  # which is what Ray raises where its processes do not answer in half a minute
+            raise
+        raise AwayError(f"ray: not started ({error}); let the machine do less at once, and try again") from error
 
 
 @contextlib.contextmanager

@@ -6,6 +6,8 @@ from conftest import ROOT
 
 import flows
 from pipelines import __main__ as stages
+from pipelines import jobs
+from pipelines.config import AwayError
 from pipelines.jobs import STAGES
 
 
@@ -87,3 +89,17 @@ def test_a_command_leaves_a_ray_that_was_there_before_it(ray_session, tmp_path, 
     assert stages.main(["models", "--store", str(tmp_path)]) == 1
     assert ray.is_initialized()
     assert ray.get_runtime_context().get_node_id() == session
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"), [(Exception("timed out during startup"), AwayError), (OSError("no"), OSError)]
+)
+def test_a_ray_that_does_not_start_in_time_may_be_tried_again(error, raised, monkeypatch):
+    import ray
+
+    def fails(**_):
+        raise error
+
+    monkeypatch.setattr(ray, "init", fails)
+    with pytest.raises(raised, match=str(error)):
+        jobs._start({})
