@@ -34,7 +34,7 @@ _LAST_LINES_S = 5.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 15.0
 _EXCLUDED = (
     ".venv", ".venv-s3", ".git", "runs", "tests", "docs", "benchmarks", "build", ".mypy_cache", ".ruff_cache",
-    ".pytest_cache", ".hypothesis", ".import_linter_cache",
+    ".pytest_cache", ".hypothesis", ".import_linter_cache", ".env",
 )  # fmt: skip
 _Answer = TypeVar("_Answer")
 

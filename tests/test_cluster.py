@@ -5,6 +5,7 @@ import time
 
 import pytest
 from conftest import ROOT, four_free_ports
+from ray._private.runtime_env.packaging import PathSpec
 from support import sessions
 from support.jobserver import JobServer
 
@@ -208,3 +209,11 @@ def test_a_marker_interrupts_the_process_that_heeds_it_once(tmp_path, request):
         time.sleep(0.3)
     stops.forget(marker)
     stops.forget(marker)
+
+
+def test_a_file_of_secrets_goes_along_with_no_job_no_image_and_no_commit():
+    ignored = {name: (ROOT / name).read_text().splitlines() for name in (".dockerignore", ".gitignore")}
+    for lines in (list(cluster._EXCLUDED), *ignored.values()):
+        left_out = PathSpec.from_lines("gitwildmatch", lines)
+        assert left_out.match_file("infra/.env")
+        assert not left_out.match_file("infra/prefect.yaml")

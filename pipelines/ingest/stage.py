@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pipelines import storage
+from pipelines.capacity import capacity
 from pipelines.config import IngestConfig, Outcome, PipelineError
 from pipelines.ingest import shards
 from pipelines.ingest.duplicates import Part
@@ -128,7 +129,7 @@ def _on_ray(
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
     # A task waits between its end and the next one's start, and for what it reads: more tasks than cores fill the gaps.
-    cores = ray.cluster_resources().get("CPU", 1)
+    cores = capacity().usable_cpus
     cpus = max(0.01, cores / (at_once or _TASKS_A_CORE * cores))
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     yield from dataset.map(call, fn_kwargs=kwargs, num_cpus=cpus).iter_rows()

@@ -17,7 +17,7 @@ from pipelines.config import InterruptedRunError, Outcome, PipelineError, TrainC
 from pipelines.dataset import open_dataset
 from pipelines.progress import printed_board
 from pipelines.train.board import TrainBoard, deaths_counted, errors_left, wishes_heard
-from pipelines.train.devices import processes
+from pipelines.train.devices import processes, tell_of_growth
 from pipelines.train.loop import train_on_rank
 from pipelines.train.metrics import TrainMetrics
 from pipelines.train.parent import check_parent
@@ -42,7 +42,9 @@ def run(config: TrainConfig) -> Outcome:
     """
     dataset = open_dataset(config.dataset)
     check(config, dataset)
-    _fit(config, *processes(config))
+    workers, use_gpu = processes(config)
+    tell_of_growth(config.min_workers or workers, use_gpu)
+    _fit(config, workers, use_gpu)
     uri = run_uri(config, dataset)
     made = result(uri)
     if made is None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from pipelines.capacity import capacity
 from pipelines.worker.memory import keeping
 
 
@@ -18,15 +19,11 @@ def one_of_a_pool() -> dict[str, Any]:
 
 
 def gpus_of_a_worker() -> int:
-    """1 where the cluster has GPUs, else 0."""
-    import ray
-
-    return int(ray.cluster_resources().get("GPU", 0) >= 1)
+    """1 where the cluster has GPUs or may get some, else 0."""
+    return int(capacity().usable_gpus >= 1)
 
 
 def pool_size(workers: int, tasks: int) -> int:
     """`workers`, or one per GPU of the cluster, or one per two cores; not more than `tasks`."""
-    import ray
-
-    resources = ray.cluster_resources()
-    return min(tasks, workers or int(resources.get("GPU", 0)) or max(1, int(resources.get("CPU", 1)) // 2))
+    there = capacity()
+    return min(tasks, workers or there.usable_gpus or max(1, there.usable_cpus // 2))

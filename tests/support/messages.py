@@ -12,6 +12,9 @@ INNER = {
 }  # fmt: skip
 
 
+_PRINTED = "error: "
+
+
 class Message(NamedTuple):
     """Where a message is made, and its constant parts."""
 
@@ -26,7 +29,9 @@ class Message(NamedTuple):
 
 def messages():
     """All of them, each text once."""
-    paths = [*sorted((ROOT / "pipelines").rglob("*.py")), *sorted((ROOT / "diffusion_core").glob("*.py"))]
+    paths = [
+        path for folder in ("pipelines", "diffusion_core", "infra") for path in sorted((ROOT / folder).rglob("*.py"))
+    ]
     trees = {path: ast.parse(path.read_text()) for path in [*paths, ROOT / "flows.py"]}
     functions = {}
     for tree in trees.values():
@@ -47,12 +52,16 @@ def messages():
 
 
 def _raised(function, functions):
-    """(line, parts) of the texts of exceptions that a function makes."""
+    """(line, parts) of the texts of exceptions that a function makes, and of errors that it prints itself."""
     for node in ast.walk(function):
         if isinstance(node, ast.Call) and _is_error(node.func):
             for argument in node.args:
                 for text in _texts(argument, function, functions, 0):
                     yield node.lineno, text
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print":
+            for text in _texts(node.args[0], function, {}, 0) if node.args else ():
+                if text[0].startswith(_PRINTED):
+                    yield node.lineno, (text[0].removeprefix(_PRINTED), *text[1:])
 
 
 def _is_error(called):
