@@ -221,19 +221,44 @@ print('generate: {images}')"""
         assert until(client, stopped, "cancelled").cancelled_at
 
 
-def test_a_damaged_batch_holds_up_no_other(client, service, images):
+def test_a_damaged_record_holds_up_no_other(client, service, images):
     batch = order(client, metadata={"number": "5"})
     folder = service.runner.batches.folder
     (owner,) = {info.uri.rsplit("/", 1)[1].partition(".")[0] for info in storage.list_objects(f"{folder}/open")}
-    storage.write_bytes(f"{folder}/{owner}/batches/batch_broken/batch.json", b"{}")
-    storage.write_bytes(f"{folder}/open/{owner}.batch_broken", b"")
+    broken = [f"{folder}/{owner}/batches/batch_broken{number}" for number in (1, 2, 3)]
+    whole = storage.read_bytes(f"{folder}/{owner}/batches/{batch.id}/batch.json")
+    for number, place in enumerate(broken, start=1):
+        storage.write_bytes(f"{folder}/open/{owner}.batch_broken{number}", b"")
+        if number == 1:
+            storage.write_bytes(f"{place}/batch.json", b"{}")
+        else:  # older, so that they would come first
+            old = json.loads(whole) | {"id": f"batch_broken{number}", "created_at": 1}
+            storage.write_bytes(f"{place}/batch.json", json.dumps(old).encode())
+            storage.write_bytes(f"{place}/state.json", b'{"percent": 3}' if number == 2 else b"no JSON")
+    file = f"{folder}/{owner}/files/file-broken"
+    storage.write_bytes(f"{file}/file.json", b"{}")
     with making(service, script(f"print('generate: {images}')")):
         until(client, batch, "completed")
     listed = [each.id for each in client.batches.list()]
     assert batch.id in listed
-    assert "batch_broken" not in listed
-    storage.remove_folder(f"{folder}/{owner}/batches/batch_broken")
-    storage.remove_object(f"{folder}/open/{owner}.batch_broken")
+    assert not [each for each in listed if "broken" in each]
+    assert "file-broken" not in [each.id for each in client.files.list()]
+    for place in (*broken, file):
+        storage.remove_folder(place)
+    for number in (1, 2, 3):
+        storage.remove_object(f"{folder}/open/{owner}.batch_broken{number}")
+
+
+def test_a_store_that_is_away_is_no_damage(service, monkeypatch):
+    def away(_):
+        raise storage.StoreAwayError("s3://x: no answer")
+
+    batches = service.runner.batches
+    storage.write_bytes(f"{batches.folder}/open/anybody.batch_x", b"")
+    monkeypatch.setattr(storage, "read_json", away)
+    with pytest.raises(storage.StoreAwayError):
+        batches.unfinished()
+    storage.remove_object(f"{batches.folder}/open/anybody.batch_x")
 
 
 def test_a_key_sees_its_own_alone(tiny_model, tmp_path, capsys):

@@ -97,7 +97,7 @@ def _add_files(api: fastapi.FastAPI, desk: Desk) -> None:
     @api.get(UPLOADS)
     def files(request: fastapi.Request, limit: Limit = _PAGE, after: str = "") -> dict[str, Any]:
         """Your tables, the newest first."""
-        shown, more = _page(uploads.all_of(_owner(request)), limit, after)
+        shown, more = _page(uploads.all_of(_owner(request), _log.warning), limit, after)
         return _list([each.as_file() for each in shown], more)
 
     @api.get(UPLOADS + "/{identity}")

@@ -15,7 +15,7 @@ from pipelines.config import GenerateConfig, SampleOptions, narrow
 from pipelines.image_sets import Row, rejected_of, rows_of
 from pipelines.requests import RequestError
 from pipelines.serve.catalogue import Version
-from pipelines.serve.uploads import CUSTOM_ID, GENERATIONS, Upload
+from pipelines.serve.uploads import CUSTOM_ID, GENERATIONS, Upload, damaged, left_out
 
 Endpoint = Literal["/v1/images/generations", "/v1/images/edits", "/v1/images/variations", "/v1/images/denoise"]
 # What is done for rows that name no task
@@ -123,7 +123,7 @@ class Batches:
         except storage.NotFoundError:
             return None
         except TypeError as error:
-            raise _damaged(place, error) from error
+            raise damaged(place, error) from error
 
     def all_of(self, owner: str, tell: Callable[[str], None] = lambda _: None) -> list[Ordered]:
         """All batches of an owner, the newest first; `tell` hears of those that are damaged."""
@@ -139,14 +139,13 @@ class Batches:
         return sorted(found, key=lambda each: (each.created_at, each.id))
 
     def _whole(self, names: Iterable[tuple[str, str]], tell: Callable[[str], None]) -> Iterator[Ordered]:
-        """Those of the owners' batches that are not damaged."""
+        """Those of the owners' batches that are not damaged. Raises StoreAwayError."""
         for owner, identity in names:
-            try:
+            with left_out(identity, tell):
                 found = self.find(owner, identity)
                 if found is not None:
+                    self.state(found)
                     yield found
-            except storage.StorageError as error:
-                tell(f"{identity} is left out: {error}")
 
     def state(self, ordered: Ordered) -> State:
         """How far a batch is. Raises StorageError where that is damaged."""
@@ -156,7 +155,7 @@ class Batches:
         except storage.NotFoundError:
             state = State()
         except TypeError as error:
-            raise _damaged(place, error) from error
+            raise damaged(place, error) from error
         if state.status in ENDED or not self.is_cancelled(ordered):
             return state
         return State(**{**asdict(state), "status": "cancelling"})
@@ -179,10 +178,6 @@ class Batches:
 
     def _place(self, ordered: Ordered, name: str) -> str:
         return storage.join(self.folder, ordered.owner, "batches", ordered.id, name)
-
-
-def _damaged(place: str, error: TypeError) -> storage.DamagedError:
-    return storage.DamagedError(f"{place}: no batch as this version writes them ({error})")
 
 
 def batch_object(ordered: Ordered, state: State) -> dict[str, Any]:

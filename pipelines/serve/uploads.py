@@ -1,9 +1,11 @@
 """Tables that callers uploaded for batches: kept in the store, each owner's apart, under ids made of their content."""
 
+import contextlib
 import csv
 import io
 import json
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -69,6 +71,22 @@ def owner_of(key: Key) -> str:
     return "anybody" if key.sha256 == anybody("").sha256 else storage.digest(key.name.encode())[:_DIGITS]
 
 
+def damaged(place: str, error: TypeError) -> storage.DamagedError:
+    """The error of a record that has other fields than this version's."""
+    return storage.DamagedError(f"{place}: not as this version writes it ({error})")
+
+
+@contextlib.contextmanager
+def left_out(identity: str, tell: Callable[[str], None]) -> Iterator[None]:
+    """Passes over a record that is damaged, which `tell` hears of. Raises StoreAwayError: nothing is known then."""
+    try:
+        yield
+    except storage.StoreAwayError:
+        raise
+    except storage.StorageError as error:
+        tell(f"{identity} is left out: {error}")
+
+
 class Uploads:
     """The uploaded tables in a store, each with `max_rows` rows at most."""
 
@@ -86,16 +104,21 @@ class Uploads:
         return found or self._keep(owner, identity, name, data, kind)
 
     def find(self, owner: str, identity: str) -> Upload | None:
-        """An owner's upload; None where there is no such."""
+        """An owner's upload; None where there is no such. Raises StorageError on one that is damaged."""
+        place = storage.join(self._place(owner, identity), "file.json")
         try:
-            return Upload(**storage.read_json(storage.join(self._place(owner, identity), "file.json")))
+            return Upload(**storage.read_json(place))
         except storage.NotFoundError:
             return None
+        except TypeError as error:
+            raise damaged(place, error) from error
 
-    def all_of(self, owner: str) -> list[Upload]:
-        """All uploads of an owner, the newest first."""
-        names = storage.list_folders(storage.join(self.folder, owner, "files"))
-        found = [each for each in (self.find(owner, name) for name in names) if each is not None]
+    def all_of(self, owner: str, tell: Callable[[str], None] = lambda _: None) -> list[Upload]:
+        """All uploads of an owner, the newest first; `tell` hears of those that are damaged."""
+        found: list[Upload] = []
+        for name in storage.list_folders(storage.join(self.folder, owner, "files")):
+            with left_out(name, tell):
+                found += [each for each in [self.find(owner, name)] if each is not None]
         return sorted(found, key=lambda each: (-each.created_at, each.id))
 
     def remove(self, owner: str, identity: str) -> None:
