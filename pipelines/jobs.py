@@ -89,7 +89,7 @@ def run_stage(
         cluster.run_job(name, config, place, told)
         return _made(name, find_result(name, config), place)
     if STAGES[name].paints:
-        importlib.import_module("pipelines.worker.memory").keep()
+        _keep_memory()
     if STAGES[name].needs_ray:
         connect()
     try:
@@ -100,6 +100,11 @@ def run_stage(
             raise
         raise mendable from error
     return made
+
+
+def _keep_memory() -> None:
+    """As a process that makes pictures does; torch is not loaded before."""
+    importlib.import_module("pipelines.worker.memory").keep()
 
 
 def find_result(name: str, config: Settings) -> Outcome | None:
@@ -121,6 +126,7 @@ def print_stage(name: str, config: Settings) -> None:
 
 def rehearse(command: settings.GenerateCommand) -> None:
     """Tell what bulk work would be and cost, making nothing. Raises PipelineError where it cannot be done."""
+    _keep_memory()
     importlib.import_module("pipelines.bulk").rehearse(command)
 
 

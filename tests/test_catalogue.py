@@ -3,12 +3,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from ray.exceptions import RayError
 from support.models import publish
 
 from pipelines.config import PipelineError, PromoteConfig, RollbackConfig, ServeConfig
 from pipelines.registry import promote, roll_back
 from pipelines.requests import RequestError
 from pipelines.serve.catalogue import Catalogue, open_version, sources
+from pipelines.serve.stage import loaded
 
 
 def make_live(uri):
@@ -52,29 +54,6 @@ def test_a_model_is_found_by_name_and_by_the_digest_of_its_live_version(tmp_path
     assert one.find("dogs").uri == uris[1]
     with pytest.raises(RequestError, match="model: no model 'birds' here now; there are cats, dogs"):
         one.find("birds")
-
-
-def test_a_service_that_begins_looks_again_where_an_engine_died(tmp_path):
-    uri = publish(str(tmp_path), 1)
-    ends = ["the engine that should load it died", None, None]
-    one = catalogue(store=str(tmp_path), name="tiny")
-
-    async def prepare(_):
-        return ends.pop(0)
-
-    one.prepare = prepare
-    asyncio.run(one.begin(3, 0.01))
-    assert [version.uri for version in one] == [uri]
-    assert ends == [None], "and no more than it must"
-
-
-def test_a_service_that_begins_gives_up_in_time(tmp_path):
-    publish(str(tmp_path), 1)
-    prepared = []
-    one = catalogue(prepared, "it is damaged", store=str(tmp_path), name="tiny")
-    asyncio.run(one.begin(2, 0.01))
-    assert len(prepared) == 3
-    assert not one.ready
 
 
 def test_what_no_engine_can_load_does_not_answer(tmp_path):
@@ -123,3 +102,25 @@ def test_a_version_is_known_without_its_weights(tmp_path):
     uri = publish(str(tmp_path), 1)
     (Path(uri) / "model.safetensors").unlink()
     assert open_version("tiny", uri).config.class_names == ("cat", "dog")
+
+
+class GoneError(RayError):
+    pass
+
+
+@pytest.mark.parametrize("patience", [0.0, 60.0])
+def test_an_engine_that_is_gone_is_waited_for_where_nothing_else_answers(patience):
+    ends = [GoneError("killed"), GoneError("killed"), None, None]
+
+    async def load():
+        end = ends.pop(0)
+        if end is not None:
+            raise end
+
+    if patience:
+        assert asyncio.run(loaded(load, patience, 0.01)) is None
+        assert ends == [None], "and asked no more than it must be"
+    else:
+        with pytest.raises(GoneError):
+            asyncio.run(loaded(load, patience, 0.01))
+        assert len(ends) == 3

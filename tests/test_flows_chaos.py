@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -307,18 +309,36 @@ def test_the_service_goes_onto_the_cluster_and_is_brought_up_to_date_there(site)
     assert f"]({address})" in site.artifacts(first)["service"]
     with urllib.request.urlopen(f"{address}/v1/models", timeout=30) as answer:
         assert [model["id"] for model in json.load(answer)["data"]] == ["faces"]
-    one, least = _picture(address), site.at_work()
-    assert set(least) == {"Ingress", "engine"}
-    second = site.run("deploy", **place, queue=300, surge=100)
-    while site.state(second) not in ("Completed", "Failed", "Crashed"):
-        assert _answers(f"{address}/readyz", 60)
-        assert _picture(address) == one, "whichever engine makes it"
-        now = site.at_work()  # which knows of none while the application is being built
-        least = {name: min(count, now.get(name, count)) for name, count in least.items()}
+    one = _picture(address)
+    assert set(site.at_work()) == {"Ingress", "engine"}
+    with _watched(site.at_work) as counts, _watched(lambda: _answers(f"{address}/readyz", 60)) as ready:
+        second = site.run("deploy", **place, queue=300, surge=100)
+        while site.state(second) not in ("Completed", "Failed", "Crashed"):
+            assert _picture(address) == one, "whichever engine makes it"
     assert site.state(second) == "Completed", site.lines(second)[-20:]
     assert _answers(f"{address}/readyz")
-    assert set(least.values()) == {1}, "the old ones answer until the new ones do"
+    assert all(ready)
+    least = {name: min(each[name] for each in counts if name in each) for name in ("Ingress", "engine")}
+    assert least == {"Ingress": 1, "engine": 1}, "the old ones answer until the new ones do"
     assert "'queue': 300" in str(site.ray("serve/applications")["applications"]["images"]["deployed_app_config"])
+
+
+@contextlib.contextmanager
+def _watched(look):
+    """What `look` sees, four times a second, until the end; an error of it is raised there."""
+    seen, done = [], threading.Event()
+
+    def looks():
+        while not done.wait(0.25):
+            seen.append(look())
+
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(looks)
+        try:
+            yield seen
+        finally:
+            done.set()
+        watching.result()
 
 
 def _picture(address):

@@ -472,7 +472,7 @@ def test_while_s3_is_broken_the_version_that_is_there_answers_and_afterwards_cha
 
 def test_a_service_asked_to_stop_answers_what_runs_and_ends_well(apart):
     service, versions = apart
-    url, body = service.url(), {"steps": 400, "n": 4, "seed": 3, "prompt": "cat"}
+    url, body = service.url(), {"steps": 1000, "n": 8, "seed": 3, "prompt": "cat"}
     connection, data = raw_request(url, {**body, "stream": True, "partial_images": 10})
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(httpx.post, f"{url}/v1/images/generations", json=body, timeout=START_S)

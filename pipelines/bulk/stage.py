@@ -149,5 +149,5 @@ def _kept(job: Job, done: Done) -> str:
 def _told_found(uri: str) -> Outcome:
     """The images that another run has published meanwhile; what this one staged since is cleared away."""
     storage.remove_folder(storage.join(uri, STAGING))
-    print_line(f"generate: another run published {uri} first; this one's work is the same and is not needed")
+    print_line(f"generate: another run published {uri} first; this one's is not needed")
     return Outcome(uri=uri, found=True)

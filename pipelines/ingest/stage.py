@@ -210,5 +210,5 @@ def _told_found(work: Work) -> Outcome:
     """
     storage.remove_folder(work.staging)
     check_found(work.config, work.uri, storage.read_manifest(work.uri, "dataset"))
-    print(f"ingest: another run published {work.uri} first; this one's work is the same and is not needed", flush=True)
+    print(f"ingest: another run published {work.uri} first; this one's is not needed", flush=True)
     return Outcome(uri=work.uri, found=True)

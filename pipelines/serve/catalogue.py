@@ -107,15 +107,6 @@ class Catalogue:
             except PipelineError as error:
                 self._tell(source.name, str(error))
 
-    async def begin(self, retries: int, pause: float) -> None:
-        """Look first, `retries` times more while a model cannot answer: an engine that is replaced just now may die."""
-        await self.refresh()
-        for _ in range(retries):
-            if self.ready:
-                return
-            await asyncio.sleep(pause)
-            await self.refresh()
-
     async def watch(self, every: float) -> None:
         """Refresh for ever, `every` so many seconds."""
         while True:

@@ -93,7 +93,7 @@ class EngineReplica:
             loaded.used = time.monotonic()
 
     async def load(self, name: str, uri: str) -> str | None:
-        """Have a version of a model in memory; what stands in the way, in words, or None."""
+        """Have a version of a model in memory; what stands in the way, in words, or None. Raises KeyError as `_get`."""
         try:
             await self._get(name, uri)
         except PipelineError as error:
@@ -114,7 +114,12 @@ class EngineReplica:
         return {PENDING: float(sum(each.loop.pending_calls for each in self._loaded.values()))}
 
     async def _get(self, name: str, uri: str) -> _Loaded:
-        """A version, loaded now where it is not yet; those who ask meanwhile wait for the same."""
+        """A version, loaded now where it is not yet; those who ask meanwhile wait for the same.
+
+        Raises KeyError where this engine has no such model, as one that is replaced just now may not have.
+        """
+        if name not in self._metrics:
+            raise KeyError(f"no model {name!r} in this engine")
         uri = normalise(uri)
         while uri not in self._loaded:  # it may be let go again before whoever waited for it has its turn
             if uri not in self._loading:

@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import fastapi
@@ -46,6 +47,7 @@ _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 _IMPORT_PATH = "pipelines.serve:build"
 _BULK_TIMEOUT_S = 86_400.0
 _BULK_PAUSE_S = 1.0
+_ENGINE_START_S = 600.0
 
 
 @serve.ingress()
@@ -64,7 +66,7 @@ class Ingress:
         desk = Desk(uploads, batches, catalogue, app, config.callback) if config.batches else None
         self.service = Service(config, catalogue, dispatcher, ring, metrics, desk)
         self._others: dict[str, Version] = {}
-        await catalogue.begin(config.retries, config.watch)
+        await catalogue.refresh()
         runner = Runner(batches, config.batches, config.watch, _environment(), _leads)
         self._watching = [asyncio.create_task(each) for each in (catalogue.watch(config.watch), runner.watch())]
 
@@ -127,18 +129,34 @@ class Ingress:
     async def _prepare(self, version: Version) -> str | None:
         """Have an engine load a version before it answers; where engines may rest, its file is looked at here.
 
-        Returns what stands in the way, in words, or None.
+        Waits for an engine where no other version answers meanwhile. Returns what stands in the way, in words, or None.
         """
         try:
             if not self.config.replicas:
                 await asyncio.to_thread(load_model, version.uri)
                 return None
-            problem: str | None = await self.engines[version.name].load.remote(version.name, version.uri)
-            return problem
+            patience = 0.0 if version.name in self.service.catalogue.live else _ENGINE_START_S
+            load = self.engines[version.name].load
+            return await loaded(lambda: load.remote(version.name, version.uri), patience, self.config.watch)
         except PipelineError as error:
             return str(error)
         except (RayError, RayServeException) as error:
             return f"{version.uri}: the engine that should load it died ({type(error).__name__})"
+
+
+async def loaded(load: Callable[[], Awaitable[str | None]], patience: float, pause: float) -> str | None:
+    """What `load` answers, asked again for `patience` seconds while engines die, or do not know the model yet.
+
+    Raises RayError or RayServeException after that.
+    """
+    until = time.monotonic() + patience
+    while True:
+        try:
+            return await load()
+        except (RayError, RayServeException):
+            if time.monotonic() >= until:
+                raise
+        await asyncio.sleep(pause)
 
 
 def _leads() -> bool:
