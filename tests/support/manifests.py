@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import ipaddress
 import itertools
 import json
 import re
@@ -53,6 +54,13 @@ def check_launcher(folder):
     assert nodes[config["head_node_type"]]["node_config"].get("InstanceMarketOptions") is None, "the head is on demand"
     workers = [node["node_config"] for name, node in nodes.items() if name != config["head_node_type"]]
     assert all(node["InstanceMarketOptions"]["MarketType"] == "spot" for node in workers)
+    assert all(node["node_config"].get("ImageId") for node in nodes.values()), "Ray's own choice has an old driver"
+    assert "--gpus all" in config["docker"].get("worker_run_options", ()), "containers see no GPU"
+    registry, region = config["docker"]["image"].partition("/")[0], config["provider"]["region"]
+    assert registry.endswith(f".{region}.amazonaws.com"), f"{registry} is not in {region}"
+    assert config["initialization_commands"] == [
+        f"aws ecr get-login-password --region {region} | docker login --username AWS --password-stdin {registry}"
+    ]
 
 
 def compose(folder, without=()):
@@ -71,11 +79,16 @@ def compose(folder, without=()):
 
 
 @functools.lru_cache(maxsize=4)
-def services(folder):
-    """The services as Compose has resolved them."""
+def composed(folder):
+    """compose.yaml as Compose has resolved it."""
     told, trouble = compose(folder)
     assert not trouble, trouble
-    return json.loads(told)["services"]
+    return json.loads(told)
+
+
+def services(folder):
+    """The services as Compose has resolved them."""
+    return composed(folder)["services"]
 
 
 def check_compose(folder):
@@ -93,6 +106,44 @@ def check_compose(folder):
             checked = not found[other].get("healthcheck", {}).get("disable")
             assert checked, f"{name} waits for {other}, which has no healthcheck"
             assert how["condition"] == "service_healthy", f"{name} does not wait for {other}"
+
+
+def check_networks(folder):
+    """Ray's nodes take addresses of the network that all of them are on, and whoever names a service reaches it."""
+    found, cluster = services(folder), composed(folder)["networks"]["cluster"]
+    head = found["ray-head"]["networks"]["cluster"]["ipv4_address"]
+    (pool,) = cluster["ipam"]["config"]
+    assert ipaddress.ip_address(head) in ipaddress.ip_network(pool["subnet"])
+    assert ipaddress.ip_address(head) not in ipaddress.ip_network(pool["ip_range"]), "another could take it first"
+    for name, service in found.items():
+        command = service.get("command") or []
+        if command[:2] == ["ray", "start"]:
+            flag, told = ("--node-ip-address", head) if "--head" in command else ("--address", f"{head}:6379")
+            assert command[command.index(flag) + 1] == told, f"{name}: {flag} is not {told}"
+            assert "cluster" in service["networks"], f"{name} is not on the network of the cluster"
+        for asker, url in _asked(name, service):
+            shared = found[asker]["networks"].keys() & found.get(url.hostname, service)["networks"].keys()
+            assert shared, f"{asker} shares no network with {url.hostname}"
+
+
+def _asked(name, service):
+    """(who asks, address) of the services that a service is told of; flows ask for CLUSTER where they run."""
+    for word in service.get("command") or ():
+        yield from ((name, urlsplit(url)) for url in re.findall(r"http://[^\s\"]+", word))
+    for variable, value in (service.get("environment") or {}).items():
+        if value.startswith("http://"):
+            yield "prefect-worker" if variable == "CLUSTER" else name, urlsplit(value)
+
+
+STORE_FLAGS = {
+    "-master.telemetry=false", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
+}  # fmt: skip
+
+
+def check_store(folder):
+    """The store opens what is used of it, and sends nothing home."""
+    missing = STORE_FLAGS - set(services(folder)["store"]["command"])
+    assert not missing, f"store: without {missing}"
 
 
 def check_dockerfile(folder):
@@ -113,6 +164,13 @@ def check_dockerfile(folder):
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", last), f"USER {last}: need a number, and not root's"
     environment = dict(pair.split("=", 1) for name, rest in steps if name == "ENV" for pair in shlex.split(rest))
     assert environment["PIP_CONSTRAINT"] == "/build/constraints.txt"
+    runs = " ".join(rest for name, rest in steps if name == "RUN")
+    path = environment["PATH"].replace("$", r"\$")
+    login = f'echo "export PATH={path}" > /etc/profile.d/venv.sh'
+    assert login in runs, "login shells, in which Ray's launcher runs commands, would not find ray"
+    assert {"rsync", "openssh-client"} <= set(runs.split()), (
+        "Ray's launcher copies by rsync, and reaches workers by ssh"
+    )
     assert not [name for name in environment if SECRET_NAME.search(name)], "secrets have no place in an image"
 
 
