@@ -52,6 +52,22 @@ def test_every_command_that_is_shown_exists_with_its_settings(command):
         parse(kind, program, flags)
 
 
+def test_every_ray_command_that_is_shown_exists_and_none_starts_without_a_token():
+    from ray.scripts.scripts import cli
+
+    shown = set()
+    for page in PAGES:
+        for block in blocks(page):
+            for line in block.splitlines():
+                if line.startswith("ray "):
+                    _, name, *flags = shlex.split(line, comments=True)
+                    cli.commands[name].make_context(name, flags)
+                    shown.add(name)
+            before, started, _ = block.partition("ray start")
+            assert not started or "export RAY_AUTH_MODE=token" in before, f"{page.name}: {block}"
+    assert shown >= {"get-auth-token", "start", "up", "dashboard"}
+
+
 def test_the_python_that_is_shown_runs_and_prints_what_is_shown(tiny_model, tmp_path, monkeypatch, capsys):
     page = (ROOT / "docs/python.md").read_text()
     pipeline, core = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
