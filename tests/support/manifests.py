@@ -232,6 +232,23 @@ def check_commands(folder):
     assert seen == {"python", "ray", "serve", "prefect"}
 
 
+def check_submitters(folder):
+    """The network policy lets in the pods that submit the RayJobs, by the names of these."""
+    documents = [document for _, document in kubernetes_objects(folder)]
+    jobs = {document["metadata"]["name"] for document in documents if document["kind"] == "RayJob"}
+    (policy,) = [document["spec"] for document in documents if document["kind"] == "NetworkPolicy"]
+    selected = [
+        (expression["values"], rule["ports"])
+        for rule in policy["ingress"]
+        for peer in rule["from"]
+        for expression in peer.get("podSelector", {}).get("matchExpressions", ())
+        if (expression["key"], expression["operator"]) == ("batch.kubernetes.io/job-name", "In")
+    ]
+    ((names, ports),) = selected
+    assert set(names) == jobs, f"let in are {names}, but the RayJobs are {jobs}"
+    assert [port["port"] for port in ports] == [8265]
+
+
 def check_pools(folder):
     """Workers poll the pool that the deployments are in; the files that commands name are in the image."""
     pool = yaml.safe_load((folder / "prefect.yaml").read_text())["definitions"]["pool"]["name"]
