@@ -1,6 +1,7 @@
 """Checks of a folder like infra/: against the schemas of those who read its files, and against the code."""
 
 import ast
+import fnmatch
 import functools
 import ipaddress
 import itertools
@@ -10,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import kubernetes_validate
@@ -456,10 +458,59 @@ def check_policy(folder):
                 assert set(statement["Action"]) <= {"s3:GetObject", "s3:ListBucket"}, "sources are only read"
 
 
-def allowed_actions(folder):
-    """What the policy lets a worker do."""
+def check_least(folder):
+    """The policy reaches the store and the sources and nothing else; what of it only reads is enough for a service."""
     policy = json.loads((folder / "bucket-policy.json").read_text())
-    return {action for statement in policy["Statement"] for action in statement["Action"]}
+    reader = {"Statement": [each for each in policy["Statement"] if not WRITING & set(each["Action"])]}
+    assert allows(policy, Asked("s3:ListBucket", "SOURCES"))
+    assert allows(policy, Asked("s3:GetObject", "SOURCES/a.tar"))
+    assert allows(reader, Asked("s3:ListBucket", "BUCKET", "store/models/"))
+    assert allows(reader, Asked("s3:ListBucket", "BUCKET")), "who may not list is not told that an object is missing"
+    assert not allows(policy, Asked("s3:ListBucket", "BUCKET", "other/"))
+    for config in served(folder):
+        for uri in (config.key_file, f"{config.store}/models/cartoons/promotions/000001.json"):
+            place = uri.replace("s3://images/", "BUCKET/")
+            assert allows(reader, Asked("s3:GetObject", place)), f"a service that only reads may not read {uri}"
+    for action in {"s3:GetObject", *WRITING}:
+        assert allows(policy, Asked(action, "BUCKET/store/object"))
+        assert not allows(policy, Asked(action, "BUCKET/other/object")), f"{action} outside the store"
+
+
+WRITING = {"s3:PutObject", "s3:AbortMultipartUpload", "s3:DeleteObject"}
+
+
+class Asked(NamedTuple):
+    """What a request of S3 needs: an action on a bucket or an object, and the prefix that a listing names."""
+
+    action: str
+    place: str
+    prefix: str | None = None
+
+
+def allows(policy, asked):
+    """Whether one of the policy's statements lets this be done."""
+    return any(
+        asked.action in statement["Action"]
+        and any(fnmatch.fnmatchcase(f"arn:aws:s3:::{asked.place}", pattern) for pattern in statement["Resource"])
+        and all(_holds(*condition, asked.prefix) for condition in statement.get("Condition", {}).items())
+        for statement in policy["Statement"]
+    )
+
+
+def _holds(operator, wanted, prefix):
+    """Whether a condition on the prefix holds; where none is named, as for an object, only an IfExists one does."""
+    assert operator in ("StringLike", "StringLikeIfExists"), operator
+    if prefix is None:
+        return operator.endswith("IfExists")
+    return any(fnmatch.fnmatchcase(prefix, pattern) for pattern in wanted["s3:prefix"])
+
+
+def served(folder):
+    """The settings of every service that a command starts."""
+    for _, words in commands(folder):
+        for part in _parts(words):
+            if part[:4] == ["python", "-m", "pipelines", "serve"]:
+                yield parse(STAGES["serve"].flags, "pipelines", part[4:])
 
 
 def check_service(folder):
