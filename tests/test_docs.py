@@ -68,6 +68,19 @@ def test_every_ray_command_that_is_shown_exists_and_none_starts_without_a_token(
     assert shown >= {"get-auth-token", "start", "up", "dashboard"}
 
 
+def test_flows_are_put_onto_a_server_with_their_automations():
+    deployed = []
+    for page in PAGES:
+        for block in blocks(page):
+            if "prefect --no-prompt deploy" in block:
+                _, after = block.split("--prefect-file infra/prefect.yaml")
+                assert "python infra/automations.py" in after, (
+                    f"{page.name}: without automations lost runs stay running"
+                )
+                deployed.append(page.name)
+    assert sorted(deployed) == ["kubernetes.md", "operate.md"]
+
+
 def test_the_python_that_is_shown_runs_and_prints_what_is_shown(tiny_model, tmp_path, monkeypatch, capsys):
     page = (ROOT / "docs/python.md").read_text()
     pipeline, core = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
