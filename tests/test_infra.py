@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import jsonschema
@@ -116,6 +117,17 @@ def test_a_slip_in_any_file_is_noticed(check, file, right, wrong, tmp_path):
     (infra / file).write_text(text.replace(right, wrong))
     with pytest.raises(REFUSED):
         getattr(manifests, f"check_{check}")(infra)
+
+
+def test_every_port_that_listens_is_told():
+    page = (ROOT / "docs/security.md").read_text()
+    told = {int(port) for cell in re.findall(r"^\| ([\d, ]+)", page, flags=re.M) for port in re.findall(r"\d+", cell)}
+    of_others = {53, 443, 6443}
+    assert {port for _, port in manifests.ports(INFRA)} - of_others - told == set()
+    for flag, port in (("-webdav=false", 7333), ("-s3.port.iceberg=0", 8181), ("-s3.port.lance=0", 9101)):
+        assert flag in manifests.STORE_FLAGS
+        assert port not in told
+        assert str(port) in page
 
 
 @pytest.mark.parametrize("secret", SECRETS)
