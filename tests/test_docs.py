@@ -182,6 +182,10 @@ def test_make_bench_runs_every_command_of_the_results():
             assert (ROOT / words[1]).is_file(), figure.command
     (again,) = [figure for figure in found if "--cluster" in figure.command]
     assert again.command.startswith("python flows.py pipeline --source"), "as above, with other flags"
+    (stall,) = [figure.about for figure in found if "training.py stall" in figure.command]
+    assert [about.split(":")[0].split(" (")[0] for about in stall] == [
+        "CPU time that a checkpoint takes from the steps beside it", "as above, wall time, two rounds",
+    ]  # fmt: skip
     filled = bench.filled("python benchmarks/engine.py MODEL", {"MODEL": "here"})
     assert filled[1:] == ["benchmarks/engine.py", "here"]
     assert bench.filled("python benchmarks/engine.py MODEL", {"MODEL": None}) == "no MODEL"
