@@ -23,7 +23,9 @@ def test_the_dockerfile_makes_a_working_image_in_a_bare_debian():
         assert "/work/store/" in made
         for program in ("ray", "serve", "prefect"):
             assert "Usage" in image.run([program, "--help"])
-        for program in ("wget", "bash"):
+        for program in ("wget", "bash", "rsync", "ssh"):
             assert image.run(["which", program])
+        # As Ray's launcher runs commands.
+        assert "ray, version" in image.run(["bash", "--login", "-c", "ray --version"])
         image.run(["python", "-c", "import torch, boto3, flows, pipelines.serve, pipelines.train, pipelines.bulk"])
         assert "None" in image.run(["python", "-c", "import importlib.util as u; print(u.find_spec('pytest'))"])

@@ -52,6 +52,35 @@ def test_every_command_that_is_shown_exists_with_its_settings(command):
         parse(kind, program, flags)
 
 
+def test_every_ray_command_that_is_shown_exists_and_none_starts_without_a_token():
+    from ray.scripts.scripts import cli
+
+    shown = set()
+    for page in PAGES:
+        for block in blocks(page):
+            for line in block.splitlines():
+                if line.startswith("ray "):
+                    _, name, *flags = shlex.split(line, comments=True)
+                    cli.commands[name].make_context(name, flags)
+                    shown.add(name)
+            before, started, _ = block.partition("ray start")
+            assert not started or "export RAY_AUTH_MODE=token" in before, f"{page.name}: {block}"
+    assert shown >= {"get-auth-token", "start", "up", "dashboard"}
+
+
+def test_flows_are_put_onto_a_server_with_their_automations():
+    deployed = []
+    for page in PAGES:
+        for block in blocks(page):
+            if "prefect --no-prompt deploy" in block:
+                _, after = block.split("--prefect-file infra/prefect.yaml")
+                assert "python infra/automations.py" in after, (
+                    f"{page.name}: without automations lost runs stay running"
+                )
+                deployed.append(page.name)
+    assert sorted(deployed) == ["kubernetes.md", "operate.md"]
+
+
 def test_the_python_that_is_shown_runs_and_prints_what_is_shown(tiny_model, tmp_path, monkeypatch, capsys):
     page = (ROOT / "docs/python.md").read_text()
     pipeline, core = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
@@ -153,6 +182,10 @@ def test_make_bench_runs_every_command_of_the_results():
             assert (ROOT / words[1]).is_file(), figure.command
     (again,) = [figure for figure in found if "--cluster" in figure.command]
     assert again.command.startswith("python flows.py pipeline --source"), "as above, with other flags"
+    (stall,) = [figure.about for figure in found if "training.py stall" in figure.command]
+    assert [about.split(":")[0].split(" (")[0] for about in stall] == [
+        "CPU time that a checkpoint takes from the steps beside it", "as above, wall time, two rounds",
+    ]  # fmt: skip
     filled = bench.filled("python benchmarks/engine.py MODEL", {"MODEL": "here"})
     assert filled[1:] == ["benchmarks/engine.py", "here"]
     assert bench.filled("python benchmarks/engine.py MODEL", {"MODEL": None}) == "no MODEL"

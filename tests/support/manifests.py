@@ -1,7 +1,9 @@
 """Checks of a folder like infra/: against the schemas of those who read its files, and against the code."""
 
 import ast
+import fnmatch
 import functools
+import ipaddress
 import itertools
 import json
 import re
@@ -9,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import kubernetes_validate
@@ -53,6 +56,13 @@ def check_launcher(folder):
     assert nodes[config["head_node_type"]]["node_config"].get("InstanceMarketOptions") is None, "the head is on demand"
     workers = [node["node_config"] for name, node in nodes.items() if name != config["head_node_type"]]
     assert all(node["InstanceMarketOptions"]["MarketType"] == "spot" for node in workers)
+    assert all(node["node_config"].get("ImageId") for node in nodes.values()), "Ray's own choice has an old driver"
+    assert "--gpus all" in config["docker"].get("worker_run_options", ()), "containers see no GPU"
+    registry, region = config["docker"]["image"].partition("/")[0], config["provider"]["region"]
+    assert registry.endswith(f".{region}.amazonaws.com"), f"{registry} is not in {region}"
+    assert config["initialization_commands"] == [
+        f"aws ecr get-login-password --region {region} | docker login --username AWS --password-stdin {registry}"
+    ]
 
 
 def compose(folder, without=()):
@@ -71,11 +81,16 @@ def compose(folder, without=()):
 
 
 @functools.lru_cache(maxsize=4)
-def services(folder):
-    """The services as Compose has resolved them."""
+def composed(folder):
+    """compose.yaml as Compose has resolved it."""
     told, trouble = compose(folder)
     assert not trouble, trouble
-    return json.loads(told)["services"]
+    return json.loads(told)
+
+
+def services(folder):
+    """The services as Compose has resolved them."""
+    return composed(folder)["services"]
 
 
 def check_compose(folder):
@@ -93,6 +108,44 @@ def check_compose(folder):
             checked = not found[other].get("healthcheck", {}).get("disable")
             assert checked, f"{name} waits for {other}, which has no healthcheck"
             assert how["condition"] == "service_healthy", f"{name} does not wait for {other}"
+
+
+def check_networks(folder):
+    """Ray's nodes take addresses of the network that all of them are on, and whoever names a service reaches it."""
+    found, cluster = services(folder), composed(folder)["networks"]["cluster"]
+    head = found["ray-head"]["networks"]["cluster"]["ipv4_address"]
+    (pool,) = cluster["ipam"]["config"]
+    assert ipaddress.ip_address(head) in ipaddress.ip_network(pool["subnet"])
+    assert ipaddress.ip_address(head) not in ipaddress.ip_network(pool["ip_range"]), "another could take it first"
+    for name, service in found.items():
+        command = service.get("command") or []
+        if command[:2] == ["ray", "start"]:
+            flag, told = ("--node-ip-address", head) if "--head" in command else ("--address", f"{head}:6379")
+            assert command[command.index(flag) + 1] == told, f"{name}: {flag} is not {told}"
+            assert "cluster" in service["networks"], f"{name} is not on the network of the cluster"
+        for asker, url in _asked(name, service):
+            shared = found[asker]["networks"].keys() & found.get(url.hostname, service)["networks"].keys()
+            assert shared, f"{asker} shares no network with {url.hostname}"
+
+
+def _asked(name, service):
+    """(who asks, address) of the services that a service is told of; flows ask for CLUSTER where they run."""
+    for word in service.get("command") or ():
+        yield from ((name, urlsplit(url)) for url in re.findall(r"http://[^\s\"]+", word))
+    for variable, value in (service.get("environment") or {}).items():
+        if value.startswith("http://"):
+            yield "prefect-worker" if variable == "CLUSTER" else name, urlsplit(value)
+
+
+STORE_FLAGS = {
+    "-master.telemetry=false", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
+}  # fmt: skip
+
+
+def check_store(folder):
+    """The store opens what is used of it, and sends nothing home."""
+    missing = STORE_FLAGS - set(services(folder)["store"]["command"])
+    assert not missing, f"store: without {missing}"
 
 
 def check_dockerfile(folder):
@@ -113,6 +166,13 @@ def check_dockerfile(folder):
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", last), f"USER {last}: need a number, and not root's"
     environment = dict(pair.split("=", 1) for name, rest in steps if name == "ENV" for pair in shlex.split(rest))
     assert environment["PIP_CONSTRAINT"] == "/build/constraints.txt"
+    runs = " ".join(rest for name, rest in steps if name == "RUN")
+    path = environment["PATH"].replace("$", r"\$")
+    login = f'echo "export PATH={path}" > /etc/profile.d/venv.sh'
+    assert login in runs, "login shells, in which Ray's launcher runs commands, would not find ray"
+    assert {"rsync", "openssh-client"} <= set(runs.split()), (
+        "Ray's launcher copies by rsync, and reaches workers by ssh"
+    )
     assert not [name for name in environment if SECRET_NAME.search(name)], "secrets have no place in an image"
 
 
@@ -172,6 +232,23 @@ def check_commands(folder):
                 raise AssertionError(f"{where}: {' '.join(part)}: {error}") from error
             seen.add(part[0])
     assert seen == {"python", "ray", "serve", "prefect"}
+
+
+def check_submitters(folder):
+    """The network policy lets in the pods that submit the RayJobs, by the names of these."""
+    documents = [document for _, document in kubernetes_objects(folder)]
+    jobs = {document["metadata"]["name"] for document in documents if document["kind"] == "RayJob"}
+    (policy,) = [document["spec"] for document in documents if document["kind"] == "NetworkPolicy"]
+    selected = [
+        (expression["values"], rule["ports"])
+        for rule in policy["ingress"]
+        for peer in rule["from"]
+        for expression in peer.get("podSelector", {}).get("matchExpressions", ())
+        if (expression["key"], expression["operator"]) == ("batch.kubernetes.io/job-name", "In")
+    ]
+    ((names, ports),) = selected
+    assert set(names) == jobs, f"let in are {names}, but the RayJobs are {jobs}"
+    assert [port["port"] for port in ports] == [8265]
 
 
 def check_pools(folder):
@@ -381,10 +458,59 @@ def check_policy(folder):
                 assert set(statement["Action"]) <= {"s3:GetObject", "s3:ListBucket"}, "sources are only read"
 
 
-def allowed_actions(folder):
-    """What the policy lets a worker do."""
+def check_least(folder):
+    """The policy reaches the store and the sources and nothing else; what of it only reads is enough for a service."""
     policy = json.loads((folder / "bucket-policy.json").read_text())
-    return {action for statement in policy["Statement"] for action in statement["Action"]}
+    reader = {"Statement": [each for each in policy["Statement"] if not WRITING & set(each["Action"])]}
+    assert allows(policy, Asked("s3:ListBucket", "SOURCES"))
+    assert allows(policy, Asked("s3:GetObject", "SOURCES/a.tar"))
+    assert allows(reader, Asked("s3:ListBucket", "BUCKET", "store/models/"))
+    assert allows(reader, Asked("s3:ListBucket", "BUCKET")), "who may not list is not told that an object is missing"
+    assert not allows(policy, Asked("s3:ListBucket", "BUCKET", "other/"))
+    for config in served(folder):
+        for uri in (config.key_file, f"{config.store}/models/cartoons/promotions/000001.json"):
+            place = uri.replace("s3://images/", "BUCKET/")
+            assert allows(reader, Asked("s3:GetObject", place)), f"a service that only reads may not read {uri}"
+    for action in {"s3:GetObject", *WRITING}:
+        assert allows(policy, Asked(action, "BUCKET/store/object"))
+        assert not allows(policy, Asked(action, "BUCKET/other/object")), f"{action} outside the store"
+
+
+WRITING = {"s3:PutObject", "s3:AbortMultipartUpload", "s3:DeleteObject"}
+
+
+class Asked(NamedTuple):
+    """What a request of S3 needs: an action on a bucket or an object, and the prefix that a listing names."""
+
+    action: str
+    place: str
+    prefix: str | None = None
+
+
+def allows(policy, asked):
+    """Whether one of the policy's statements lets this be done."""
+    return any(
+        asked.action in statement["Action"]
+        and any(fnmatch.fnmatchcase(f"arn:aws:s3:::{asked.place}", pattern) for pattern in statement["Resource"])
+        and all(_holds(*condition, asked.prefix) for condition in statement.get("Condition", {}).items())
+        for statement in policy["Statement"]
+    )
+
+
+def _holds(operator, wanted, prefix):
+    """Whether a condition on the prefix holds; where none is named, as for an object, only an IfExists one does."""
+    assert operator in ("StringLike", "StringLikeIfExists"), operator
+    if prefix is None:
+        return operator.endswith("IfExists")
+    return any(fnmatch.fnmatchcase(prefix, pattern) for pattern in wanted["s3:prefix"])
+
+
+def served(folder):
+    """The settings of every service that a command starts."""
+    for _, words in commands(folder):
+        for part in _parts(words):
+            if part[:4] == ["python", "-m", "pipelines", "serve"]:
+                yield parse(STAGES["serve"].flags, "pipelines", part[4:])
 
 
 def check_service(folder):
