@@ -60,6 +60,12 @@ class Log:
     came: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)
     thread: threading.Thread | None = None
 
+    def reopen(self, client: Any) -> None:
+        """Go on by another client; a reader that still listens on a way that is dead is heard no more."""
+        self._take_all()
+        self.client, self.thread, self.whole = client, None, False
+        self.came = queue.SimpleQueue()
+
     def print_new(self, wait: float) -> None:
         """Print the lines that have come, after waiting for some for up to `wait` seconds; opens the log if needed."""
         self._open_if_broken()
@@ -89,10 +95,12 @@ class Log:
     def _read(self) -> None:
         import aiohttp
 
+        came = self.came
+
         async def read() -> None:
             async for some in self.client.tail_job_logs(self.job):
-                self.came.put(some)
-            self.whole = True
+                came.put(some)
+            self.whole = self.whole or came is self.came
 
         # What is wrong is told by the job's status, which is asked for beside.
         with contextlib.suppress(RuntimeError, OSError, aiohttp.ClientError):
@@ -112,6 +120,31 @@ class Log:
                 print_line(line)
 
 
+@dataclass
+class _Pursuit:
+    """What stays while a job is followed, whatever befalls the cluster: its log, and when it was last told of."""
+
+    answered: float = field(default_factory=time.monotonic)
+    log: Log | None = None
+    submitted: int | None = None
+
+    def hear(self) -> None:
+        """The cluster has told of a job."""
+        self.answered = time.monotonic()
+
+    def silence(self) -> float:
+        """Seconds since the cluster told of a job."""
+        return time.monotonic() - self.answered
+
+    def log_of(self, client: Any, job: str, submitted: int | None) -> Log:
+        """The log of a job, read on where it is known; a cluster that was made anew gives the same id once more."""
+        if self.log is None or (self.log.job, self.submitted) != (job, submitted):
+            self.log, self.submitted = Log(client, job), submitted
+        elif self.log.client is not client:
+            self.log.reopen(client)
+        return self.log
+
+
 def run_job(name: str, config: Settings, cluster: Cluster, told: Callable[[Job], None]) -> None:
     """Have a stage run as a job, and follow its log to its end; a job of the same settings that runs is taken over.
 
@@ -119,20 +152,20 @@ def run_job(name: str, config: Settings, cluster: Cluster, told: Callable[[Job],
     lost with its node is submitted again. Raises PipelineError with the job's own last line where the stage fails,
     InterruptedRunError where somebody stopped it, and AwayError where the cluster stays away.
     """
-    losses, answered = 0, time.monotonic()
+    losses, pursuit = 0, _Pursuit()
     while True:
         try:
             client = connect(cluster)
             job = _present_or_new(client, name, config, cluster)
             told(job)
-            end = _follow(client, job)
+            end = _follow(client, job, pursuit)
         except AwayError as error:
-            if time.monotonic() - answered > cluster.job.wait:
+            if pursuit.silence() > cluster.job.wait:
                 raise
             print_line(f"{name}: waiting for the cluster: {error}")
             time.sleep(_FIRST_WAIT_S)
             continue
-        answered = time.monotonic()
+        pursuit.hear()
         if end is not None and end.status == "SUCCEEDED":
             return
         losses += 1
@@ -218,12 +251,15 @@ def _submit(client: Any, name: str, config: Settings, cluster: Cluster, job: Job
         )  # fmt: skip
 
 
-def _follow(client: Any, job: Job) -> Any | None:
+def _follow(client: Any, job: Job, pursuit: _Pursuit) -> Any | None:
     """Print a job's log as it comes, until it ends: what is known of it then; None where the cluster lost it."""
-    log = Log(client, job.id)
-    while (info := _info(client, job.id)) is not None and not info.status.is_terminal():
+    while (info := _info(client, job.id)) is not None:
+        pursuit.hear()
+        log = pursuit.log_of(client, job.id, info.start_time)
+        if info.status.is_terminal():
+            log.print_rest()
+            break
         log.print_new(_LOOK_S)
-    log.print_rest()
     return info
 
 

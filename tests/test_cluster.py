@@ -41,13 +41,13 @@ def run(server, config, options=QUICK, **more):
     return followed
 
 
-def in_thread(server, config):
+def in_thread(server, config, options=QUICK):
     """A follower in a thread, its outcome in a list."""
     outcome = []
 
     def follow():
         try:
-            outcome.append(run(server, config))
+            outcome.append(run(server, config, options))
         except PipelineError as error:
             outcome.append(error)
 
@@ -137,6 +137,30 @@ def test_a_head_that_is_lost_is_waited_for_and_the_job_submitted_anew(server, co
     told = capsys.readouterr().out
     assert "waiting for the cluster" in told
     assert told.endswith("fine\n")
+
+
+def test_a_job_that_ran_longer_than_the_wait_is_followed_on_after_an_outage_and_its_log_goes_on(server, config, capsys):
+    server.commands = ["echo first; sleep 2; echo second; sleep 2; echo third"]
+    quick = QUICK.model_copy(update={"wait": 1.5})
+    thread, outcome = in_thread(server, config, quick)
+    until(lambda: "second" in "".join(job.log for job in server.jobs.values()))
+    server.cut()
+    time.sleep(0.7)
+    server.mend()
+    thread.join(20)
+    assert [job.id[-2:] for job in outcome[0]] == ["-1", "-1"]
+    told = capsys.readouterr().out.splitlines()
+    assert any("waiting for the cluster" in line for line in told)
+    assert [line for line in told if line in ("first", "second", "third")] == ["first", "second", "third"]
+
+
+def test_a_cluster_that_stays_away_after_a_job_has_begun_ends_the_run(server, config):
+    server.commands = ["sleep 60"]
+    thread, outcome = in_thread(server, config, QUICK.model_copy(update={"wait": 0.5}))
+    until(lambda: [job for job in server.jobs.values() if job.process])
+    server.vanish()
+    thread.join(20)
+    assert isinstance(outcome[0], AwayError)
 
 
 def test_a_cluster_that_stays_away_is_told_as_such(config):

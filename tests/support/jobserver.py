@@ -8,6 +8,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 
 import ray
 from aiohttp import web
@@ -19,12 +20,14 @@ class Job:
     def __init__(self, request):
         self.request, self.log, self.process = request, "", None
         self.status, self.error_type, self.exit_code, self.message = "RUNNING", None, None, "running"
+        self.start_time = int(time.time() * 1000)
 
     def details(self):
         return {
             "type": "SUBMISSION", "submission_id": self.request["submission_id"], "status": self.status,
             "entrypoint": self.request["entrypoint"], "message": self.message, "error_type": self.error_type,
             "driver_exit_code": self.exit_code, "runtime_env": self.request.get("runtime_env"),
+            "start_time": self.start_time,
         }  # fmt: skip
 
     @property
@@ -54,6 +57,14 @@ class JobServer:
         """Stop listening at once, with all jobs, as a head node that dies."""
         asyncio.run_coroutine_threadsafe(self._leave(), self.loop).result(10)
 
+    def cut(self):
+        """Stop listening at once, while the jobs go on, as a way that breaks."""
+        asyncio.run_coroutine_threadsafe(self._close(), self.loop).result(10)
+
+    def mend(self):
+        """Listen again, knowing what was known."""
+        asyncio.run_coroutine_threadsafe(self._listen(), self.loop).result(10)
+
     def close(self):
         self.vanish()
         self.loop.call_soon_threadsafe(self.loop.stop)
@@ -80,6 +91,9 @@ class JobServer:
         for job in self.jobs.values():
             if not job.ended:
                 os.killpg(job.process.pid, signal.SIGKILL)
+        await self._close()
+
+    async def _close(self):
         if self.runner:
             await self.runner.cleanup()
             self.runner = None
