@@ -43,6 +43,7 @@ from pipelines.config import (
     TrainConfig,
     narrow,
     parse,
+    status_of,
 )
 from pipelines.flow_config import (
     BLOCK,
@@ -499,7 +500,7 @@ def main(arguments: Sequence[str]) -> int:
         print(run_here(run, parse(kind, f"python flows.py {name}", flags)))
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return status_of(error)
     return 0
 
 

@@ -19,7 +19,16 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pipelines import stops, storage
-from pipelines.config import STOP_MARKER, AwayError, InterruptedRunError, PipelineError, Settings, Store, to_flags
+from pipelines.config import (
+    AWAY_STATUS,
+    STOP_MARKER,
+    AwayError,
+    InterruptedRunError,
+    PipelineError,
+    Settings,
+    Store,
+    to_flags,
+)
 from pipelines.flow_config import Cluster
 from pipelines.progress import print_line
 
@@ -150,7 +159,7 @@ def run_job(name: str, config: Settings, cluster: Cluster, told: Callable[[Job],
 
     `told` is called with every job that is followed. A cluster that does not answer is waited for, and a job that was
     lost with its node is submitted again. Raises PipelineError with the job's own last line where the stage fails,
-    InterruptedRunError where somebody stopped it, and AwayError where the cluster stays away.
+    InterruptedRunError where somebody stopped it, and AwayError where the cluster stays away, or what the stage needs.
     """
     losses, pursuit = 0, _Pursuit()
     while True:
@@ -289,7 +298,9 @@ def _failure(name: str, job: Job, end: Any | None, cluster: Cluster) -> Pipeline
     place = f"{name}: job {job.id} on {cluster.address}"
     if end is not None and (end.status == "STOPPED" or end.driver_exit_code == stops.INTERRUPTED):
         return InterruptedRunError(f"{place} was stopped; what it had done is kept, run the same again to go on")
-    return PipelineError(f"{place} failed: {_last_line(end)}")
+    told = f"{place} failed: {_last_line(end)}"
+    away = end is not None and end.driver_exit_code == AWAY_STATUS
+    return AwayError(told) if away else PipelineError(told)
 
 
 def _last_line(end: Any | None) -> str:

@@ -105,6 +105,13 @@ def test_an_error_of_the_stage_is_told_with_its_own_line_and_not_tried_again(ser
     assert len(server.jobs) == 1
 
 
+def test_a_store_that_is_away_inside_the_job_is_told_as_such(server, config):
+    server.commands = ["echo 'error: s3://bucket/x: no answer' >&2; exit 75"]
+    with pytest.raises(AwayError, match=r"-1 on http://.* failed: s3://bucket/x: no answer$"):
+        run(server, config)
+    assert len(server.jobs) == 1, "to try again later is the flow's part"
+
+
 def test_a_job_that_is_lost_with_its_node_is_submitted_again(server, config, capsys):
     server.commands = ["sleep 60", "kill -9 $$", "echo fine"]
     thread, outcome = in_thread(server, config)
