@@ -179,7 +179,7 @@ def run_pipeline(config: PipelineConfig, steps: "Steps") -> str:
     place = {"store": config.store, "name": config.name}
     dataset = steps.make("ingest", narrow(config, IngestConfig))
     model = steps.make("train", narrow(config.train, TrainConfig, dataset=dataset, **place))
-    generation = narrow(config.generate, GenerateConfig, model=model, **place)
+    generation = config.generation(model)
     judging = narrow(config.evaluate, EvaluateConfig, dataset=dataset, model=model, **place)
     # A cluster's service is deployed and not started by a flow, so there the stages load the model themselves.
     url = None

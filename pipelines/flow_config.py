@@ -3,7 +3,7 @@
 import datetime
 from typing import Annotated, Literal, Self
 
-from pydantic import ByteSize, Field, SecretStr, field_validator, model_validator
+from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from diffusion_core.config import Task
 from pipelines.config import (
@@ -29,6 +29,8 @@ from pipelines.config import (
 )
 
 BLOCK = "block/"
+# Stand for what an order has when it is made, so that it is looked at when it is given
+_SOME_MODEL, _SOME_DATE = "/model", "2026-11-25"
 
 
 class JobOptions(Settings):
@@ -136,7 +138,7 @@ class CleanupFlow(CleanupConfig):
     """Find what may be deleted: old models that nothing refers to, checkpoints of finished runs. Deletes on demand."""
 
 
-class PipelineOptions(FlowOptions):
+class PipelineOptions(FlowOptions, Place):
     """What every flow of the whole pipeline has."""
 
     train: TrainOptions = Field(TrainOptions(), description="training")
@@ -144,12 +146,28 @@ class PipelineOptions(FlowOptions):
     promote: GateOptions = Field(GateOptions(), description="the gate before promotion")
     generate: GenerateOptions = Field(GenerateOptions(), description="bulk generation")
 
+    @model_validator(mode="after")
+    def _can_be_ordered(self) -> Self:
+        """What is wrong with the bulk job is told before the training, and not after it."""
+        try:
+            self._some_order()
+        except ValidationError as error:
+            raise ValueError(f"generate: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
+        return self
 
-class PipelineConfig(PipelineOptions, IngestOptions, Place):
+    def generation(self, model: str) -> GenerateConfig:
+        """The bulk job by a model."""
+        return narrow(self.generate, GenerateConfig, model=model, store=self.store, name=self.name)
+
+    def _some_order(self) -> GenerateConfig:
+        return self.generation(_SOME_MODEL)
+
+
+class PipelineConfig(PipelineOptions, IngestOptions):
     """Ingest pictures, train a model on them, evaluate it and generate with it; what is done already is found."""
 
 
-class NightlyConfig(PipelineOptions, IngestOptions, Place):
+class NightlyConfig(PipelineOptions, IngestOptions):
     """Take in new pictures, fine-tune the live model, evaluate, promote behind the gate, and make the night's order."""
 
     table: Annotated[Uri | None, How()] = Field(
@@ -163,8 +181,9 @@ class NightlyConfig(PipelineOptions, IngestOptions, Place):
     @field_validator("date")
     @classmethod
     def _is_date(cls, value: str | None) -> str | None:
-        if value is not None:
-            datetime.date.fromisoformat(value)
+        # ISO 8601 has other forms, as 2026-W48-3; the order's seed and its table are named by this one.
+        if value is not None and datetime.date.fromisoformat(value).isoformat() != value:
+            raise ValueError("need a date as 2026-11-25")
         return value
 
     def order(self, model: str, date: str) -> GenerateConfig:
@@ -179,6 +198,9 @@ class NightlyConfig(PipelineOptions, IngestOptions, Place):
         table = {} if self.table is None else {"table": self.table.replace("{date}", date)}
         return narrow(options, GenerateConfig, model=model, store=self.store, name=self.name, **table)
 
+    def _some_order(self) -> GenerateConfig:
+        return self.order(_SOME_MODEL, _SOME_DATE)
+
 
 class DemoEvaluateOptions(EvaluateOptions):
     """What the demo measures: less, so that it ends soon."""
@@ -192,7 +214,7 @@ class DemoEvaluateOptions(EvaluateOptions):
     likelihood_steps: int = Field(8, ge=2, description="steps of the solver for it, four denoiser calls each")
 
 
-class DemoConfig(PipelineOptions, Place):
+class DemoConfig(PipelineOptions):
     """Draw cartoons, then run the whole pipeline on them."""
 
     evaluate: DemoEvaluateOptions = Field(DemoEvaluateOptions(), description="evaluation")
