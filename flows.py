@@ -196,7 +196,16 @@ def run_pipeline(config: PipelineConfig, steps: "Steps") -> str:
 
 def run_night(config: NightlyConfig, steps: "Steps") -> str:
     """A night: a model that is live is tuned on what is new, and what is live afterwards makes the night's order."""
-    from pipelines.registry import default_model, live_model
+    from pipelines.registry import default_model
+
+    if config.source:
+        tune(config, steps)
+    return steps.make("generate", config.order(default_model(config.store, config.name), night_of(config)))
+
+
+def tune(config: NightlyConfig, steps: "Steps") -> None:
+    """Tune the live model on the pictures of the sources, where some are new, and promote what comes out."""
+    from pipelines.registry import live_model
 
     place = {"store": config.store, "name": config.name}
     dataset = steps.make("ingest", narrow(config, IngestConfig))
@@ -210,7 +219,6 @@ def run_night(config: NightlyConfig, steps: "Steps") -> str:
             "evaluate", narrow(config.evaluate, EvaluateConfig, dataset=dataset, model=model, **place)
         )
         value_of(gate(promotion_of(config, model, evaluation), return_state=True))
-    return steps.make("generate", config.order(default_model(config.store, config.name), night_of(config)))
 
 
 def is_news(dataset: str, model: str) -> bool:

@@ -1,7 +1,7 @@
 """Every flow's settings: those of its stages, and where the stages run."""
 
 import datetime
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator, model_validator
 
@@ -170,6 +170,11 @@ class PipelineConfig(PipelineOptions, IngestOptions):
 class NightlyConfig(PipelineOptions, IngestOptions):
     """Take in new pictures, fine-tune the live model, evaluate, promote behind the gate, and make the night's order."""
 
+    source: Annotated[list[Uri], How()] = Field(
+        [],
+        description="where new pictures arrive: folder, picture, .tar (.gz, .zst), .parquet, .jsonl or .csv, or a glob "
+        "of them, on disk or s3://; give the flag again for more; without it nothing is trained, but the order made",
+    )
     table: Annotated[Uri | None, How()] = Field(
         None,
         description="the night's requests, a row each; {date} in it stands for --date; default: --generate's count",
@@ -177,6 +182,11 @@ class NightlyConfig(PipelineOptions, IngestOptions):
     date: str | None = Field(
         None, description="date of the order, as 2026-11-25; default: when the run was scheduled, in UTC"
     )
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _none_as_an_unset_variable_gives(cls, value: Any) -> Any:
+        return [each for each in value if each != ""] if isinstance(value, list) else value
 
     @field_validator("date")
     @classmethod

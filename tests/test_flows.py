@@ -93,6 +93,21 @@ def test_a_wrong_order_is_refused_when_it_is_given(flow, flags, told):
     assert "\n" not in str(error.value)
 
 
+def test_a_night_without_a_source_makes_its_order_alone(monkeypatch):
+    made = []
+
+    class Steps:
+        def make(self, name, config):
+            made.append((name, config))
+            return "/images"
+
+    monkeypatch.setattr("pipelines.registry.default_model", lambda store, name: f"/{name}")
+    night = parse(NightlyConfig, "nightly", ["--name", "faces", "--date", "2026-11-25"])
+    assert flows.run_night(night, Steps()) == "/images"
+    ((name, order),) = made
+    assert (name, order.model, order.seed) == ("generate", "/faces", 20261125)
+
+
 def test_a_cluster_is_an_address_or_a_block():
     for wrong in ("head:8265", "block/Has Spaces", "ray://head:10001"):
         with pytest.raises(PipelineError, match="--cluster"):
