@@ -2,6 +2,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, four_free_ports
@@ -10,7 +11,7 @@ from support import sessions
 from support.jobserver import JobServer
 
 from pipelines import cluster, stops
-from pipelines.config import AwayError, DrawConfig, InterruptedRunError, PipelineError
+from pipelines.config import AwayError, DrawConfig, InterruptedRunError, PipelineError, TrainConfig
 from pipelines.flow_config import Cluster, JobOptions
 
 QUICK = JobOptions(code="image", wait=5, grace=2)
@@ -96,6 +97,43 @@ def test_the_same_settings_find_the_running_job_and_others_do_not(server, config
     server.commands = ["true"]
     (again,) = run(server, config)
     assert again.id == outcome[0][0].id[:-1] + "2", "a job that has ended is not taken for a running one"
+
+
+def training(config, name, **more):
+    return TrainConfig(store=config.store, dataset="/dataset", name=name, **more)
+
+
+def train(server, config, outcome=None):
+    """A follower of a training: in a thread with its outcome in a list where there is one."""
+    place = Cluster(address=server.address, job=QUICK)
+    if outcome is None:
+        cluster.run_job("train", config, place, lambda _: None)
+        return None
+    thread = threading.Thread(target=lambda: cluster.run_job("train", config, place, outcome.append))
+    thread.start()
+    return thread
+
+
+def test_a_training_waits_for_another_of_its_name_whose_flow_is_gone_and_for_no_other(server, config, capsys):
+    server.commands = ["while [ ! -e $IMAGE_DIFFUSION_STOP.end ]; do sleep 0.05; done", "true", "echo second"]
+    first, second = [], []
+    abandoned = train(server, training(config, "faces"), first)
+    until(lambda: first and server.jobs)
+    train(server, training(config, "hands"))
+    assert len(server.jobs) == 2, "another name waits for nobody"
+    waiting = train(server, training(config, "faces", steps=7), second)
+    time.sleep(1)
+    assert len(server.jobs) == 2
+    assert not second, "a run that waits follows no job, so that to cancel it stops none"
+    marker = Path(f"{stops.marker_of(config.store, first[0].id)}.end")
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+    abandoned.join(20)
+    waiting.join(20)
+    assert server.jobs[second[0].id].status == "SUCCEEDED"
+    told = capsys.readouterr().out
+    assert told.count(f"train: job {first[0].id} trains a model of the same name; waiting for its end") == 1
+    assert server.jobs[second[0].id].request["metadata"] == {"stage": "train", "name": "faces"}
 
 
 def test_an_error_of_the_stage_is_told_with_its_own_line_and_not_tried_again(server, config):

@@ -27,7 +27,7 @@ class Job:
             "type": "SUBMISSION", "submission_id": self.request["submission_id"], "status": self.status,
             "entrypoint": self.request["entrypoint"], "message": self.message, "error_type": self.error_type,
             "driver_exit_code": self.exit_code, "runtime_env": self.request.get("runtime_env"),
-            "start_time": self.start_time,
+            "start_time": self.start_time, "metadata": self.request.get("metadata"),
         }  # fmt: skip
 
     @property
@@ -80,6 +80,7 @@ class JobServer:
         app = web.Application(middlewares=[self._guard])
         app.router.add_get("/api/version", self._version)
         app.router.add_post("/api/jobs/", self._submit)
+        app.router.add_get("/api/jobs/", self._list)
         app.router.add_get("/api/jobs/{id}", self._info)
         app.router.add_post("/api/jobs/{id}/stop", self._stop)
         app.router.add_get("/api/jobs/{id}/logs/tail", self._tail)
@@ -142,8 +143,13 @@ class JobServer:
         job = self.jobs.get(request.match_info["id"])
         if job is None:
             return web.Response(status=404, text=f"Job {request.match_info['id']} does not exist")
-        told = "RUNNING" if job.status == "STOPPING" else job.status
-        return web.json_response({**job.details(), "status": told})
+        return web.json_response(self._told(job))
+
+    async def _list(self, _):
+        return web.json_response([self._told(job) for job in self.jobs.values()])
+
+    def _told(self, job):
+        return {**job.details(), "status": "RUNNING" if job.status == "STOPPING" else job.status}
 
     async def _stop(self, request):
         job = self.jobs[request.match_info["id"]]
