@@ -43,6 +43,7 @@ from pipelines.config import (
     TrainConfig,
     narrow,
     parse,
+    status_of,
 )
 from pipelines.flow_config import (
     BLOCK,
@@ -178,7 +179,7 @@ def run_pipeline(config: PipelineConfig, steps: "Steps") -> str:
     place = {"store": config.store, "name": config.name}
     dataset = steps.make("ingest", narrow(config, IngestConfig))
     model = steps.make("train", narrow(config.train, TrainConfig, dataset=dataset, **place))
-    generation = narrow(config.generate, GenerateConfig, model=model, **place)
+    generation = config.generation(model)
     judging = narrow(config.evaluate, EvaluateConfig, dataset=dataset, model=model, **place)
     # A cluster's service is deployed and not started by a flow, so there the stages load the model themselves.
     url = None
@@ -195,7 +196,16 @@ def run_pipeline(config: PipelineConfig, steps: "Steps") -> str:
 
 def run_night(config: NightlyConfig, steps: "Steps") -> str:
     """A night: a model that is live is tuned on what is new, and what is live afterwards makes the night's order."""
-    from pipelines.registry import default_model, live_model
+    from pipelines.registry import default_model
+
+    if config.source:
+        tune(config, steps)
+    return steps.make("generate", config.order(default_model(config.store, config.name), night_of(config)))
+
+
+def tune(config: NightlyConfig, steps: "Steps") -> None:
+    """Tune the live model on the pictures of the sources, where some are new, and promote what comes out."""
+    from pipelines.registry import live_model
 
     place = {"store": config.store, "name": config.name}
     dataset = steps.make("ingest", narrow(config, IngestConfig))
@@ -209,7 +219,6 @@ def run_night(config: NightlyConfig, steps: "Steps") -> str:
             "evaluate", narrow(config.evaluate, EvaluateConfig, dataset=dataset, model=model, **place)
         )
         value_of(gate(promotion_of(config, model, evaluation), return_state=True))
-    return steps.make("generate", config.order(default_model(config.store, config.name), night_of(config)))
 
 
 def is_news(dataset: str, model: str) -> bool:
@@ -499,7 +508,7 @@ def main(arguments: Sequence[str]) -> int:
         print(run_here(run, parse(kind, f"python flows.py {name}", flags)))
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return status_of(error)
     return 0
 
 

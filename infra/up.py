@@ -20,6 +20,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 # What listens, and where unless --first-port says otherwise; the S3 endpoint takes three more ports after its own.
@@ -207,19 +209,32 @@ def make_bucket(shared: dict[str, str], home: Path) -> None:
 
 
 def deploy(options: argparse.Namespace, shared: dict[str, str], home: Path) -> None:
-    """Work pool, deployments and automations on the server. Raises UpError with the end of what was printed."""
+    """Work pool, deployments and automations on the server. Raises UpError that names what failed."""
     prefect = str(BIN / "prefect")
     webhook = ["--webhook", options.webhook] if options.webhook else []
-    steps = [
-        [prefect, "work-pool", "create", "image-diffusion", "--type", "process", "--overwrite"],
-        [prefect, "--no-prompt", "deploy", "--all", "--prefect-file", "infra/prefect.yaml"],
-        [str(BIN / "python"), "infra/automations.py", *webhook],
-    ]
+    file = str(deployments(options, home))
+    # Their arguments are not told: a webhook's address is a secret.
+    steps = {
+        "prefect work-pool": [prefect, "work-pool", "create", "image-diffusion", "--type", "process", "--overwrite"],
+        "prefect deploy": [prefect, "--no-prompt", "deploy", "--all", "--prefect-file", file],
+        "infra/automations.py": [str(BIN / "python"), "infra/automations.py", *webhook],
+    }
     with (home / "deploy.log").open("w") as log:
-        for step in steps:
-            print(f"up: {shlex.join(step[1:])}" if step[0] == prefect else f"up: {step[1]}", flush=True)
+        for name, step in steps.items():
+            print(f"up: {name}", flush=True)
             if subprocess.run(step, env=shared, cwd=ROOT, stdout=log, stderr=log, check=False).returncode:
-                raise UpError(f"{shlex.join(step)} failed; {home / 'deploy.log'} says why")
+                raise UpError(f"{name} failed; {home / 'deploy.log'} says why")
+
+
+def deployments(options: argparse.Namespace, home: Path) -> Path:
+    """Write what Prefect deploys; its path. Without a source hourly ingestion has nothing to read: it rests."""
+    told = yaml.safe_load((ROOT / "infra/prefect.yaml").read_text())
+    for each in told["deployments"]:
+        if each["name"] == "ingest":
+            each["schedules"] = [{**schedule, "active": bool(options.source)} for schedule in each["schedules"]]
+    path = home / "prefect.yaml"
+    path.write_text(yaml.safe_dump(told, sort_keys=False))
+    return path
 
 
 def check_free(name: str, port: int) -> None:
@@ -293,6 +308,7 @@ def addresses(options: argparse.Namespace, home: Path, ports: dict[str, int]) ->
         ("Prefect: flows, runs", at["prefect"]),
         ("Ray dashboard", f"{at['ray']}    (token in {home / 'ray-token'})"),
         ("store", store),
+        ("new pictures", options.source or "none (--source names where): the night makes its order alone"),
         *([] if "://" in store else [("its pages", at["pages"]), ("TensorBoard", at["tensorboard"])]),
         ("logs", f"{home}    (Ray's: {scratch_of(home)})"),
     ]  # fmt: skip

@@ -3,7 +3,15 @@
 import sys
 from collections.abc import Sequence
 
-from pipelines.config import GenerateCommand, InterruptedRunError, PipelineError, TrainCommand, parse, stop_marker
+from pipelines.config import (
+    GenerateCommand,
+    InterruptedRunError,
+    PipelineError,
+    TrainCommand,
+    parse,
+    status_of,
+    stop_marker,
+)
 from pipelines.jobs import STAGES, print_stage, rehearse, run_stage, settle, visit
 from pipelines.stops import INTERRUPTED, heeded
 
@@ -25,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
         return INTERRUPTED
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+        return status_of(error)
     return 0
 
 

@@ -19,7 +19,17 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pipelines import stops, storage
-from pipelines.config import STOP_MARKER, AwayError, InterruptedRunError, PipelineError, Settings, Store, to_flags
+from pipelines.config import (
+    AWAY_STATUS,
+    STOP_MARKER,
+    AwayError,
+    InterruptedRunError,
+    PipelineError,
+    Place,
+    Settings,
+    Store,
+    to_flags,
+)
 from pipelines.flow_config import Cluster
 from pipelines.progress import print_line
 
@@ -36,6 +46,8 @@ _EXCLUDED = (
     ".venv", ".venv-s3", ".git", "runs", "tests", "docs", "benchmarks", "build", ".mypy_cache", ".ruff_cache",
     ".pytest_cache", ".hypothesis", ".import_linter_cache", ".env",
 )  # fmt: skip
+# Stages of which one job at a time works for a name: trainings of a model beside each other would share its machines
+_ALONE = ("train",)
 _Answer = TypeVar("_Answer")
 
 
@@ -59,6 +71,12 @@ class Log:
     whole: bool = False
     came: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)
     thread: threading.Thread | None = None
+
+    def reopen(self, client: Any) -> None:
+        """Go on by another client; a reader that still listens on a way that is dead is heard no more."""
+        self._take_all()
+        self.client, self.thread, self.whole = client, None, False
+        self.came = queue.SimpleQueue()
 
     def print_new(self, wait: float) -> None:
         """Print the lines that have come, after waiting for some for up to `wait` seconds; opens the log if needed."""
@@ -89,10 +107,12 @@ class Log:
     def _read(self) -> None:
         import aiohttp
 
+        came = self.came
+
         async def read() -> None:
             async for some in self.client.tail_job_logs(self.job):
-                self.came.put(some)
-            self.whole = True
+                came.put(some)
+            self.whole = self.whole or came is self.came
 
         # What is wrong is told by the job's status, which is asked for beside.
         with contextlib.suppress(RuntimeError, OSError, aiohttp.ClientError):
@@ -112,27 +132,63 @@ class Log:
                 print_line(line)
 
 
+@dataclass
+class _Pursuit:
+    """What stays while a job is followed, whatever befalls the cluster: its log, and when it was last told of."""
+
+    answered: float = field(default_factory=time.monotonic)
+    log: Log | None = None
+    submitted: int | None = None
+    waits_for: str | None = None
+
+    def hear(self) -> None:
+        """The cluster has told of a job."""
+        self.answered = time.monotonic()
+
+    def silence(self) -> float:
+        """Seconds since the cluster told of a job."""
+        return time.monotonic() - self.answered
+
+    def wait_for(self, client: Any, name: str, rival: str) -> None:
+        """Wait until another job has ended, telling so once."""
+        if rival != self.waits_for:
+            print_line(f"{name}: job {rival} trains a model of the same name; waiting for its end")
+        self.waits_for = rival
+        while (info := _info(client, rival)) is not None and not info.status.is_terminal():
+            self.hear()
+            time.sleep(_LOOK_S)
+
+    def log_of(self, client: Any, job: str, submitted: int | None) -> Log:
+        """The log of a job, read on where it is known; a cluster that was made anew gives the same id once more."""
+        if self.log is None or (self.log.job, self.submitted) != (job, submitted):
+            self.log, self.submitted = Log(client, job), submitted
+        elif self.log.client is not client:
+            self.log.reopen(client)
+        return self.log
+
+
 def run_job(name: str, config: Settings, cluster: Cluster, told: Callable[[Job], None]) -> None:
     """Have a stage run as a job, and follow its log to its end; a job of the same settings that runs is taken over.
 
-    `told` is called with every job that is followed. A cluster that does not answer is waited for, and a job that was
-    lost with its node is submitted again. Raises PipelineError with the job's own last line where the stage fails,
-    InterruptedRunError where somebody stopped it, and AwayError where the cluster stays away.
+    A training waits for the end of another one of the same name. `told` is called with every job that is followed. A
+    cluster that does not answer is waited for, and a job that was lost with its node is submitted again. Raises
+    PipelineError with the job's own last line where the stage fails, InterruptedRunError where somebody stopped it, and
+    AwayError where the cluster stays away, or what the stage needs.
     """
-    losses, answered = 0, time.monotonic()
+    losses, pursuit = 0, _Pursuit()
     while True:
         try:
             client = connect(cluster)
-            job = _present_or_new(client, name, config, cluster)
+            job = _present_or_new(client, name, config, cluster, pursuit)
             told(job)
-            end = _follow(client, job)
+            end = _follow(client, job, pursuit)
         except AwayError as error:
-            if time.monotonic() - answered > cluster.job.wait:
+            if pursuit.silence() > cluster.job.wait:
                 raise
             print_line(f"{name}: waiting for the cluster: {error}")
             time.sleep(_FIRST_WAIT_S)
             continue
-        answered = time.monotonic()
+        pursuit.hear()
         if end is not None and end.status == "SUCCEEDED":
             return
         losses += 1
@@ -174,20 +230,46 @@ def connect(cluster: Cluster) -> Any:
         pause = min(2 * pause, _LONGEST_WAIT_S)
 
 
-def _present_or_new(client: Any, name: str, config: Settings, cluster: Cluster) -> Job:
-    """The job of these settings that runs, or a new one."""
+def _present_or_new(client: Any, name: str, config: Settings, cluster: Cluster, pursuit: _Pursuit) -> Job:
+    """The job of these settings that runs, or a new one once it may begin."""
+    while True:
+        job, runs = _newest(client, name, config)
+        if runs:
+            print_line(f"{name}: job {job.id} runs on {cluster.address}; following it")
+            return job
+        # A flow has a limit for this, which ends with the flow's process, while the job lives on.
+        rival = _rival(client, name, config, job)
+        if rival is None:
+            _submit(client, name, config, cluster, job)
+            print_line(f"{name}: job {job.id} on {cluster.address}")
+            return job
+        pursuit.wait_for(client, name, rival)
+
+
+def _newest(client: Any, name: str, config: Settings) -> tuple[Job, bool]:
+    """The newest job of these settings that has not ended, and whether it runs or is to be submitted."""
     text = json.dumps([name, config.model_dump(mode="json")], sort_keys=True)
     base = f"{name}-{storage.digest(text.encode())[:12]}"
     attempt = 1
     while (info := _info(client, f"{base}-{attempt}")) is not None and info.status.is_terminal():
         attempt += 1
-    job = Job(f"{base}-{attempt}", stops.marker_of(_store(config), f"{base}-{attempt}"))
-    if info is not None:
-        print_line(f"{name}: job {job.id} runs on {cluster.address}; following it")
-        return job
-    _submit(client, name, config, cluster, job)
-    print_line(f"{name}: job {job.id} on {cluster.address}")
-    return job
+    return Job(f"{base}-{attempt}", stops.marker_of(_store(config), f"{base}-{attempt}")), info is not None
+
+
+def _rival(client: Any, name: str, config: Settings, job: Job) -> str | None:
+    """Id of a job at work that this one may not run beside."""
+    if name not in _ALONE:
+        return None
+    same = _metadata(name, config).items()
+    for other in asked(client.get_address(), client.list_jobs):
+        if not other.status.is_terminal() and other.submission_id != job.id and same <= (other.metadata or {}).items():
+            return str(other.submission_id)
+    return None
+
+
+def _metadata(name: str, config: Settings) -> dict[str, str]:
+    """What a job's metadata say of it: its stage, and the name for which it works."""
+    return {"stage": name} | ({"name": config.name} if isinstance(config, Place) else {})
 
 
 def _store(config: Settings) -> str:
@@ -212,18 +294,21 @@ def _submit(client: Any, name: str, config: Settings, cluster: Cluster, job: Job
         asked(
             cluster.address,
             lambda: client.submit_job(
-                entrypoint=entrypoint, submission_id=job.id, runtime_env=environment,
+                entrypoint=entrypoint, submission_id=job.id, runtime_env=environment, metadata=_metadata(name, config),
                 **{key: value for key, value in holds.items() if value},
             ),
         )  # fmt: skip
 
 
-def _follow(client: Any, job: Job) -> Any | None:
+def _follow(client: Any, job: Job, pursuit: _Pursuit) -> Any | None:
     """Print a job's log as it comes, until it ends: what is known of it then; None where the cluster lost it."""
-    log = Log(client, job.id)
-    while (info := _info(client, job.id)) is not None and not info.status.is_terminal():
+    while (info := _info(client, job.id)) is not None:
+        pursuit.hear()
+        log = pursuit.log_of(client, job.id, info.start_time)
+        if info.status.is_terminal():
+            log.print_rest()
+            break
         log.print_new(_LOOK_S)
-    log.print_rest()
     return info
 
 
@@ -253,7 +338,9 @@ def _failure(name: str, job: Job, end: Any | None, cluster: Cluster) -> Pipeline
     place = f"{name}: job {job.id} on {cluster.address}"
     if end is not None and (end.status == "STOPPED" or end.driver_exit_code == stops.INTERRUPTED):
         return InterruptedRunError(f"{place} was stopped; what it had done is kept, run the same again to go on")
-    return PipelineError(f"{place} failed: {_last_line(end)}")
+    told = f"{place} failed: {_last_line(end)}"
+    away = end is not None and end.driver_exit_code == AWAY_STATUS
+    return AwayError(told) if away else PipelineError(told)
 
 
 def _last_line(end: Any | None) -> str:

@@ -42,6 +42,8 @@ from diffusion_core.config import (
 
 # Environment variable of a job: the object whose appearance asks it to save and stop
 STOP_MARKER = "IMAGE_DIFFUSION_STOP"
+# Exit status of a command that something out of reach made fail: EX_TEMPFAIL of sysexits.h
+AWAY_STATUS = 75
 
 
 class PipelineError(Exception):
@@ -54,6 +56,11 @@ class AwayError(PipelineError):
 
 class InterruptedRunError(PipelineError):
     """Work that was stopped from outside after saving what was done; the same command goes on."""
+
+
+def status_of(error: PipelineError) -> int:
+    """The exit status of a command that ends with this error."""
+    return AWAY_STATUS if isinstance(error, AwayError) else 1
 
 
 class How:

@@ -1,9 +1,9 @@
 """Every flow's settings: those of its stages, and where the stages run."""
 
 import datetime
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ByteSize, Field, SecretStr, field_validator, model_validator
+from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from diffusion_core.config import Task
 from pipelines.config import (
@@ -29,6 +29,8 @@ from pipelines.config import (
 )
 
 BLOCK = "block/"
+# Stand for what an order has when it is made, so that it is looked at when it is given
+_SOME_MODEL, _SOME_DATE = "/model", "2026-11-25"
 
 
 class JobOptions(Settings):
@@ -136,7 +138,7 @@ class CleanupFlow(CleanupConfig):
     """Find what may be deleted: old models that nothing refers to, checkpoints of finished runs. Deletes on demand."""
 
 
-class PipelineOptions(FlowOptions):
+class PipelineOptions(FlowOptions, Place):
     """What every flow of the whole pipeline has."""
 
     train: TrainOptions = Field(TrainOptions(), description="training")
@@ -144,14 +146,35 @@ class PipelineOptions(FlowOptions):
     promote: GateOptions = Field(GateOptions(), description="the gate before promotion")
     generate: GenerateOptions = Field(GenerateOptions(), description="bulk generation")
 
+    @model_validator(mode="after")
+    def _can_be_ordered(self) -> Self:
+        """What is wrong with the bulk job is told before the training, and not after it."""
+        try:
+            self._some_order()
+        except ValidationError as error:
+            raise ValueError(f"generate: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
+        return self
 
-class PipelineConfig(PipelineOptions, IngestOptions, Place):
+    def generation(self, model: str) -> GenerateConfig:
+        """The bulk job by a model."""
+        return narrow(self.generate, GenerateConfig, model=model, store=self.store, name=self.name)
+
+    def _some_order(self) -> GenerateConfig:
+        return self.generation(_SOME_MODEL)
+
+
+class PipelineConfig(PipelineOptions, IngestOptions):
     """Ingest pictures, train a model on them, evaluate it and generate with it; what is done already is found."""
 
 
-class NightlyConfig(PipelineOptions, IngestOptions, Place):
+class NightlyConfig(PipelineOptions, IngestOptions):
     """Take in new pictures, fine-tune the live model, evaluate, promote behind the gate, and make the night's order."""
 
+    source: Annotated[list[Uri], How()] = Field(
+        [],
+        description="where new pictures arrive: folder, picture, .tar (.gz, .zst), .parquet, .jsonl or .csv, or a glob "
+        "of them, on disk or s3://; give the flag again for more; without it nothing is trained, but the order made",
+    )
     table: Annotated[Uri | None, How()] = Field(
         None,
         description="the night's requests, a row each; {date} in it stands for --date; default: --generate's count",
@@ -160,11 +183,17 @@ class NightlyConfig(PipelineOptions, IngestOptions, Place):
         None, description="date of the order, as 2026-11-25; default: when the run was scheduled, in UTC"
     )
 
+    @field_validator("source", mode="before")
+    @classmethod
+    def _none_as_an_unset_variable_gives(cls, value: Any) -> Any:
+        return [each for each in value if each != ""] if isinstance(value, list) else value
+
     @field_validator("date")
     @classmethod
     def _is_date(cls, value: str | None) -> str | None:
-        if value is not None:
-            datetime.date.fromisoformat(value)
+        # ISO 8601 has other forms, as 2026-W48-3; the order's seed and its table are named by this one.
+        if value is not None and datetime.date.fromisoformat(value).isoformat() != value:
+            raise ValueError("need a date as 2026-11-25")
         return value
 
     def order(self, model: str, date: str) -> GenerateConfig:
@@ -179,6 +208,9 @@ class NightlyConfig(PipelineOptions, IngestOptions, Place):
         table = {} if self.table is None else {"table": self.table.replace("{date}", date)}
         return narrow(options, GenerateConfig, model=model, store=self.store, name=self.name, **table)
 
+    def _some_order(self) -> GenerateConfig:
+        return self.order(_SOME_MODEL, _SOME_DATE)
+
 
 class DemoEvaluateOptions(EvaluateOptions):
     """What the demo measures: less, so that it ends soon."""
@@ -192,7 +224,7 @@ class DemoEvaluateOptions(EvaluateOptions):
     likelihood_steps: int = Field(8, ge=2, description="steps of the solver for it, four denoiser calls each")
 
 
-class DemoConfig(PipelineOptions, Place):
+class DemoConfig(PipelineOptions):
     """Draw cartoons, then run the whole pipeline on them."""
 
     evaluate: DemoEvaluateOptions = Field(DemoEvaluateOptions(), description="evaluation")

@@ -221,6 +221,19 @@ print('generate: {images}')"""
         assert until(client, stopped, "cancelled").cancelled_at
 
 
+def test_a_batch_whose_store_is_away_waits_and_is_made_when_it_is_back(client, service, images, tmp_path):
+    away = f"""
+import pathlib
+if not pathlib.Path({str(tmp_path / "was")!r}).exists():
+    pathlib.Path({str(tmp_path / "was")!r}).touch()
+    print("error: s3://bucket/x: no answer")
+    sys.exit(75)
+print('generate: {images}')"""
+    batch = order(client, metadata={"number": "6"})
+    with making(service, script(away)):
+        assert until(client, batch, "completed").errors is None
+
+
 def test_a_damaged_record_holds_up_no_other(client, service, images):
     batch = order(client, metadata={"number": "5"})
     folder = service.runner.batches.folder

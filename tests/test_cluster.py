@@ -2,6 +2,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, four_free_ports
@@ -10,7 +11,7 @@ from support import sessions
 from support.jobserver import JobServer
 
 from pipelines import cluster, stops
-from pipelines.config import AwayError, DrawConfig, InterruptedRunError, PipelineError
+from pipelines.config import AwayError, DrawConfig, InterruptedRunError, PipelineError, TrainConfig
 from pipelines.flow_config import Cluster, JobOptions
 
 QUICK = JobOptions(code="image", wait=5, grace=2)
@@ -41,13 +42,13 @@ def run(server, config, options=QUICK, **more):
     return followed
 
 
-def in_thread(server, config):
+def in_thread(server, config, options=QUICK):
     """A follower in a thread, its outcome in a list."""
     outcome = []
 
     def follow():
         try:
-            outcome.append(run(server, config))
+            outcome.append(run(server, config, options))
         except PipelineError as error:
             outcome.append(error)
 
@@ -98,11 +99,55 @@ def test_the_same_settings_find_the_running_job_and_others_do_not(server, config
     assert again.id == outcome[0][0].id[:-1] + "2", "a job that has ended is not taken for a running one"
 
 
+def training(config, name, **more):
+    return TrainConfig(store=config.store, dataset="/dataset", name=name, **more)
+
+
+def train(server, config, outcome=None):
+    """A follower of a training: in a thread with its outcome in a list where there is one."""
+    place = Cluster(address=server.address, job=QUICK)
+    if outcome is None:
+        cluster.run_job("train", config, place, lambda _: None)
+        return None
+    thread = threading.Thread(target=lambda: cluster.run_job("train", config, place, outcome.append))
+    thread.start()
+    return thread
+
+
+def test_a_training_waits_for_another_of_its_name_whose_flow_is_gone_and_for_no_other(server, config, capsys):
+    server.commands = ["while [ ! -e $IMAGE_DIFFUSION_STOP.end ]; do sleep 0.05; done", "true", "echo second"]
+    first, second = [], []
+    abandoned = train(server, training(config, "faces"), first)
+    until(lambda: first and server.jobs)
+    train(server, training(config, "hands"))
+    assert len(server.jobs) == 2, "another name waits for nobody"
+    waiting = train(server, training(config, "faces", steps=7), second)
+    time.sleep(1)
+    assert len(server.jobs) == 2
+    assert not second, "a run that waits follows no job, so that to cancel it stops none"
+    marker = Path(f"{stops.marker_of(config.store, first[0].id)}.end")
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+    abandoned.join(20)
+    waiting.join(20)
+    assert server.jobs[second[0].id].status == "SUCCEEDED"
+    told = capsys.readouterr().out
+    assert told.count(f"train: job {first[0].id} trains a model of the same name; waiting for its end") == 1
+    assert server.jobs[second[0].id].request["metadata"] == {"stage": "train", "name": "faces"}
+
+
 def test_an_error_of_the_stage_is_told_with_its_own_line_and_not_tried_again(server, config):
     server.commands = ["echo some; echo 'error: part-0: checksum' >&2; exit 1"]
     with pytest.raises(PipelineError, match=r"draw: job draw-.*-1 on http://.* failed: part-0: checksum$"):
         run(server, config)
     assert len(server.jobs) == 1
+
+
+def test_a_store_that_is_away_inside_the_job_is_told_as_such(server, config):
+    server.commands = ["echo 'error: s3://bucket/x: no answer' >&2; exit 75"]
+    with pytest.raises(AwayError, match=r"-1 on http://.* failed: s3://bucket/x: no answer$"):
+        run(server, config)
+    assert len(server.jobs) == 1, "to try again later is the flow's part"
 
 
 def test_a_job_that_is_lost_with_its_node_is_submitted_again(server, config, capsys):
@@ -137,6 +182,30 @@ def test_a_head_that_is_lost_is_waited_for_and_the_job_submitted_anew(server, co
     told = capsys.readouterr().out
     assert "waiting for the cluster" in told
     assert told.endswith("fine\n")
+
+
+def test_a_job_that_ran_longer_than_the_wait_is_followed_on_after_an_outage_and_its_log_goes_on(server, config, capsys):
+    server.commands = ["echo first; sleep 2; echo second; sleep 2; echo third"]
+    quick = QUICK.model_copy(update={"wait": 1.5})
+    thread, outcome = in_thread(server, config, quick)
+    until(lambda: "second" in "".join(job.log for job in server.jobs.values()))
+    server.cut()
+    time.sleep(0.7)
+    server.mend()
+    thread.join(20)
+    assert [job.id[-2:] for job in outcome[0]] == ["-1", "-1"]
+    told = capsys.readouterr().out.splitlines()
+    assert any("waiting for the cluster" in line for line in told)
+    assert [line for line in told if line in ("first", "second", "third")] == ["first", "second", "third"]
+
+
+def test_a_cluster_that_stays_away_after_a_job_has_begun_ends_the_run(server, config):
+    server.commands = ["sleep 60"]
+    thread, outcome = in_thread(server, config, QUICK.model_copy(update={"wait": 0.5}))
+    until(lambda: [job for job in server.jobs.values() if job.process])
+    server.vanish()
+    thread.join(20)
+    assert isinstance(outcome[0], AwayError)
 
 
 def test_a_cluster_that_stays_away_is_told_as_such(config):

@@ -75,6 +75,39 @@ def test_the_nights_order_has_the_dates_table_or_the_dates_seed():
         parse(NightlyConfig, "nightly", ["--source", "/in", "--date", "25.11.2026"])
 
 
+@pytest.mark.parametrize(
+    ("flow", "flags", "told"),
+    [
+        ("nightly", ["--table", "/o/{date}.csv", "--generate.count", "5"], "--count is for rows without a table"),
+        ("nightly", ["--generate.carry", "order"], "--carry names columns of a --table, and there is none"),
+        ("nightly", ["--date", "2026-W48-3"], "--date '2026-W48-3': .*need a date as 2026-11-25"),
+        ("nightly", ["--date", "20261125"], "need a date as 2026-11-25"),
+        ("pipeline", ["--generate.carry", "order"], "generate: --carry names columns of a --table"),
+        ("demo", ["--generate.carry", "order"], "generate: --carry names columns of a --table"),
+    ],
+)
+def test_a_wrong_order_is_refused_when_it_is_given(flow, flags, told):
+    source = [] if flow == "demo" else ["--source", "/in"]
+    with pytest.raises(PipelineError, match=told) as error:
+        parse(flows.FLOWS[flow][1], flow, [*source, *flags])
+    assert "\n" not in str(error.value)
+
+
+def test_a_night_without_a_source_makes_its_order_alone(monkeypatch):
+    made = []
+
+    class Steps:
+        def make(self, name, config):
+            made.append((name, config))
+            return "/images"
+
+    monkeypatch.setattr("pipelines.registry.default_model", lambda store, name: f"/{name}")
+    night = parse(NightlyConfig, "nightly", ["--name", "faces", "--date", "2026-11-25"])
+    assert flows.run_night(night, Steps()) == "/images"
+    ((name, order),) = made
+    assert (name, order.model, order.seed) == ("generate", "/faces", 20261125)
+
+
 def test_a_cluster_is_an_address_or_a_block():
     for wrong in ("head:8265", "block/Has Spaces", "ray://head:10001"):
         with pytest.raises(PipelineError, match="--cluster"):

@@ -7,8 +7,9 @@ from conftest import ROOT
 import flows
 from pipelines import __main__ as stages
 from pipelines import jobs
-from pipelines.config import AwayError
+from pipelines.config import AWAY_STATUS, AwayError, PipelineError
 from pipelines.jobs import STAGES
+from pipelines.storage import StoreAwayError
 
 
 def test_a_stage_runs_finds_its_result_and_makes_another_for_another_setting(tmp_path, capsys):
@@ -40,6 +41,19 @@ def test_an_error_is_one_line_and_a_failing_status(arguments, told, capsys):
     assert captured.err.startswith("error: ")
     assert told in captured.err
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(StoreAwayError("s3://x: no answer"), AWAY_STATUS), (PipelineError("x: wrong"), 1)]
+)
+def test_what_may_be_back_later_has_a_status_of_its_own(error, status, monkeypatch, capsys):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(stages, "run_stage", fails)
+    monkeypatch.setattr(flows, "run_here", fails)
+    assert (stages.main(["draw"]), flows.main(["cleanup"])) == (status, status)
+    assert capsys.readouterr().err == 2 * f"error: {error}\n"
 
 
 def test_a_refused_bucket_is_one_line(bucket, capsys, monkeypatch):

@@ -5,17 +5,23 @@ import os
 import shlex
 import socket
 import stat
+import subprocess
 import sys
 
 import pytest
+import yaml
 from conftest import ROOT, four_free_ports
+from prefect.utilities.templating import apply_values
 
 from pipelines.config import ServeConfig, parse
+from pipelines.flow_config import NightlyConfig
 
 sys.path.insert(0, str(ROOT / "infra"))
 import up
 
 sys.path.remove(str(ROOT / "infra"))
+
+_DONE = subprocess.CompletedProcess([], 0)
 
 
 def options(*flags):
@@ -48,6 +54,28 @@ def test_the_programs_agree_on_addresses_and_the_ray_token_stays_with_its_owner(
     assert (tmp_path / "ray-token").read_text() == token, "a cluster that is up keeps its token"
     assert stat.S_IMODE((tmp_path / "ray-token").stat().st_mode) == 0o600
     assert token not in str(told)
+
+
+@pytest.mark.parametrize("source", ["", "s3://in/x"])
+def test_without_a_source_hourly_ingestion_rests_and_the_night_still_can_make_its_order(source, tmp_path, monkeypatch):
+    chosen, ports = options("--source", source), up.ports_of(0)
+    told = yaml.safe_load(up.deployments(chosen, tmp_path).read_text())
+    for name, value in up.environment(chosen, tmp_path, ports).items():
+        monkeypatch.setenv(name, value)
+    by_name = {each["name"]: apply_values(each, {}) for each in told["deployments"]}
+    assert by_name["ingest"]["schedules"][0]["active"] is bool(source)
+    assert by_name["nightly"]["schedules"][0]["active"] is True
+    night = NightlyConfig(**by_name["nightly"]["parameters"]["config"])
+    assert night.source == ([source] if source else [])
+    assert ("none (--source names where)" in up.addresses(chosen, tmp_path, ports)) is (not source)
+
+
+def test_a_step_that_fails_is_named_without_the_webhooks_address(tmp_path, monkeypatch, capsys):
+    failing = subprocess.CompletedProcess([], 1)
+    monkeypatch.setattr(up.subprocess, "run", lambda step, **_: failing if "--webhook" in step else _DONE)
+    with pytest.raises(up.UpError, match=r"^infra/automations\.py failed; .*deploy\.log says why$"):
+        up.deploy(options("--webhook", "https://hooks.example.org/secret"), {}, tmp_path)
+    assert "secret" not in capsys.readouterr().out
 
 
 def test_a_bucket_has_neither_pages_nor_tensorboard(tmp_path):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from pipelines import storage
-from pipelines.config import GenerateConfig, PipelineError, to_flags
+from pipelines.config import AWAY_STATUS, AwayError, GenerateConfig, PipelineError, to_flags
 from pipelines.progress import counts_of
 from pipelines.serve.batches import ENDED, Batches, Ordered, State, Status, now
 from pipelines.serve.callbacks import call_back
@@ -119,7 +119,7 @@ class _Run:
     last: str = ""
 
     async def follow(self) -> State:
-        """What a run has brought the batch to. Raises StorageError."""
+        """What a run has brought the batch to. Raises StorageError, and AwayError where it may go on later."""
         batches = self.runner.batches
         if await asyncio.to_thread(batches.is_cancelled, self.ordered):
             return _reached("cancelled", self.state)
@@ -168,6 +168,8 @@ class _Run:
             return _reached("completed", self._counted(self.state.images))
         if "cancelling" in self.state.at:
             return _reached("cancelled", self.state)
+        if code == AWAY_STATUS:  # the batch stays open, and waits
+            raise AwayError(self.last.removeprefix("error: "))
         self.failed = code > 0
         return replace(self.state, error=self.last.removeprefix("error: ") or f"the command ended with {code}")
 

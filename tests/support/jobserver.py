@@ -8,6 +8,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 
 import ray
 from aiohttp import web
@@ -19,12 +20,14 @@ class Job:
     def __init__(self, request):
         self.request, self.log, self.process = request, "", None
         self.status, self.error_type, self.exit_code, self.message = "RUNNING", None, None, "running"
+        self.start_time = int(time.time() * 1000)
 
     def details(self):
         return {
             "type": "SUBMISSION", "submission_id": self.request["submission_id"], "status": self.status,
             "entrypoint": self.request["entrypoint"], "message": self.message, "error_type": self.error_type,
             "driver_exit_code": self.exit_code, "runtime_env": self.request.get("runtime_env"),
+            "start_time": self.start_time, "metadata": self.request.get("metadata"),
         }  # fmt: skip
 
     @property
@@ -54,6 +57,14 @@ class JobServer:
         """Stop listening at once, with all jobs, as a head node that dies."""
         asyncio.run_coroutine_threadsafe(self._leave(), self.loop).result(10)
 
+    def cut(self):
+        """Stop listening at once, while the jobs go on, as a way that breaks."""
+        asyncio.run_coroutine_threadsafe(self._close(), self.loop).result(10)
+
+    def mend(self):
+        """Listen again, knowing what was known."""
+        asyncio.run_coroutine_threadsafe(self._listen(), self.loop).result(10)
+
     def close(self):
         self.vanish()
         self.loop.call_soon_threadsafe(self.loop.stop)
@@ -69,6 +80,7 @@ class JobServer:
         app = web.Application(middlewares=[self._guard])
         app.router.add_get("/api/version", self._version)
         app.router.add_post("/api/jobs/", self._submit)
+        app.router.add_get("/api/jobs/", self._list)
         app.router.add_get("/api/jobs/{id}", self._info)
         app.router.add_post("/api/jobs/{id}/stop", self._stop)
         app.router.add_get("/api/jobs/{id}/logs/tail", self._tail)
@@ -80,6 +92,9 @@ class JobServer:
         for job in self.jobs.values():
             if not job.ended:
                 os.killpg(job.process.pid, signal.SIGKILL)
+        await self._close()
+
+    async def _close(self):
         if self.runner:
             await self.runner.cleanup()
             self.runner = None
@@ -128,8 +143,13 @@ class JobServer:
         job = self.jobs.get(request.match_info["id"])
         if job is None:
             return web.Response(status=404, text=f"Job {request.match_info['id']} does not exist")
-        told = "RUNNING" if job.status == "STOPPING" else job.status
-        return web.json_response({**job.details(), "status": told})
+        return web.json_response(self._told(job))
+
+    async def _list(self, _):
+        return web.json_response([self._told(job) for job in self.jobs.values()])
+
+    def _told(self, job):
+        return {**job.details(), "status": "RUNNING" if job.status == "STOPPING" else job.status}
 
     async def _stop(self, request):
         job = self.jobs[request.match_info["id"]]
