@@ -286,15 +286,19 @@ def stage(name: str, config: Settings, where: FlowOptions, here: bool) -> Outcom
     return outcome
 
 
-@task(task_run_name="serve")
+@task(task_run_name="serve", retries=2, retry_delay_seconds=[60, 300], retry_condition_fn=may_help)
 def serve(config: ServeConfig) -> Result:
     """The model behind HTTP on the embedded Ray; returns the service's URL."""
-    from pipelines.jobs import connect
 
-    connect()
-    from pipelines.serve import start
+    def run() -> str:
+        from pipelines.jobs import connect
 
-    return told(lambda: start(config))
+        connect()
+        from pipelines.serve import start
+
+        return start(config)
+
+    return told(run)
 
 
 @task(task_run_name="deploy", retries=2, retry_delay_seconds=[60, 300], retry_condition_fn=may_help)
