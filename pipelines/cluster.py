@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 
 from pipelines import stops, storage
 from pipelines.config import (
-    AWAY_STATUS,
     STOP_MARKER,
     AwayError,
     InterruptedRunError,
@@ -28,6 +27,7 @@ from pipelines.config import (
     Place,
     Settings,
     Store,
+    failure,
     to_flags,
 )
 from pipelines.flow_config import Cluster
@@ -338,9 +338,7 @@ def _failure(name: str, job: Job, end: Any | None, cluster: Cluster) -> Pipeline
     place = f"{name}: job {job.id} on {cluster.address}"
     if end is not None and (end.status == "STOPPED" or end.driver_exit_code == stops.INTERRUPTED):
         return InterruptedRunError(f"{place} was stopped; what it had done is kept, run the same again to go on")
-    told = f"{place} failed: {_last_line(end)}"
-    away = end is not None and end.driver_exit_code == AWAY_STATUS
-    return AwayError(told) if away else PipelineError(told)
+    return failure(f"{place} failed: {_last_line(end)}", 1 if end is None else end.driver_exit_code)
 
 
 def _last_line(end: Any | None) -> str:

@@ -58,9 +58,14 @@ class InterruptedRunError(PipelineError):
     """Work that was stopped from outside after saving what was done; the same command goes on."""
 
 
-def status_of(error: PipelineError) -> int:
+def status_of(error: Exception) -> int:
     """The exit status of a command that ends with this error."""
     return AWAY_STATUS if isinstance(error, AwayError) else 1
+
+
+def failure(message: str, status: int) -> PipelineError:
+    """The error of another process, by what it said and the status that `status_of` gave it."""
+    return (AwayError if status == AWAY_STATUS else PipelineError)(message)
 
 
 class How:

@@ -12,6 +12,7 @@ from support import sessions
 from support.damage import encoded, noise, tar_bytes
 
 from pipelines import storage
+from pipelines.config import AWAY_STATUS
 from pipelines.dataset import open_dataset
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
@@ -148,7 +149,7 @@ def test_bad_weather_on_the_way_to_s3_changes_nothing_and_a_fault_that_stays_sto
     output, code = finish(start(shards_in_bucket, f"{bucket}/store", AWS_ENDPOINT_URL=fault_proxy.url))
     faults = fault_proxy.done()
     fault_proxy.rules()
-    assert code == 1, output
+    assert code == AWAY_STATUS, output
     assert "1 units could not be done" in output
     assert f"{shards_in_bucket}/noise-3.tar" in output
     assert not [info for info in storage.list_objects(f"{bucket}/store") if info.uri.endswith("manifest.json")]

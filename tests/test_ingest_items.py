@@ -14,8 +14,9 @@ import pytest
 from support.damage import encoded, noise, tar_bytes
 
 from pipelines.cells import printable
-from pipelines.config import IngestConfig, PipelineError
+from pipelines.config import AwayError, IngestConfig, PipelineError
 from pipelines.ingest import items as readers
+from pipelines.ingest import stage
 from pipelines.ingest.items import Shard, items
 from pipelines.ingest.sources import list_sources, units
 from pipelines.ingest.units import read_unit
@@ -147,6 +148,7 @@ def test_a_full_disk_is_a_fault_of_the_run_and_not_of_the_shard(tmp_path, monkey
     monkeypatch.setattr(readers, "open", lambda path, mode: Full() if mode == "wb" else real(path, mode), raising=False)
     told = read_unit(unit.to_row(), config, str(tmp_path / "staging"))
     assert "x.tar.gz: [Errno 28] No space left" in told["fault"]
+    assert told["status"] == 1, "a full disk does not empty itself"
     assert not (tmp_path / "staging").exists(), "no record: the next run does this unit again"
 
 
@@ -269,3 +271,10 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
 def test_a_name_in_another_encoding_is_spelled_out():
     assert printable(os.fsdecode(b"caf\xe9.png")) == r"caf\udce9.png"
     assert printable("café.png") == "café.png"
+
+
+@pytest.mark.parametrize(("statuses", "kind"), [([75, 75], AwayError), ([75, 1], PipelineError)])
+def test_a_run_may_be_tried_again_where_all_that_it_met_may_pass(statuses, kind):
+    with pytest.raises(PipelineError, match="2 units could not be done; what was done is kept.* a; b") as raised:
+        stage._raise_faults("ingest", list(zip("ba", statuses, strict=True)))
+    assert type(raised.value) is kind

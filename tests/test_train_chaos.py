@@ -17,7 +17,7 @@ import safetensors.torch
 from conftest import ROOT
 
 from pipelines import storage
-from pipelines.config import TrainConfig
+from pipelines.config import AWAY_STATUS, TrainConfig
 from pipelines.train import find, train_on_rank
 from pipelines.train.session import Host
 
@@ -240,7 +240,7 @@ def test_a_store_that_stays_broken_is_named_a_slow_upload_killed_and_through_bad
     code, output = train(store, **way).finish()
     last = output.strip().splitlines()[-1]
     told("a store that stays broken", said=last, seconds=round(time.monotonic() - began))
-    assert code == 1, output
+    assert code == AWAY_STATUS, output
     assert re.match(rf"error: {store}/models/tiny/\w+/checkpoints/step-0000060/manifest\.json: ", last)
 
     fault_proxy.rules({"match": "PUT .*/step-0000120/manifest.json", "kind": "latency", "ms": 60_000, "times": 1000})

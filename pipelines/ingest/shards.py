@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import storage
-from pipelines.config import PipelineError
+from pipelines.config import PipelineError, status_of
 from pipelines.dataset import SCHEMA
 from pipelines.ingest.units import to_parquet
 from pipelines.storage import read_ranges
@@ -29,9 +29,9 @@ def write_shard(row: dict[str, Any]) -> dict[str, Any]:
             row["uri"], f"shards/{row['split']}-{row['first'] + row['number']:05}", ".parquet", data
         )
         storage.write_bytes(record_uri(row), storage.to_json({**part, "rows": len(plan)}))
-        return {"rows": len(plan), "fault": ""}
+        return {"rows": len(plan), "fault": "", "status": 0}
     except PipelineError as error:
-        return {"rows": 0, "fault": str(error)}
+        return {"rows": 0, "fault": str(error), "status": status_of(error)}
 
 
 def record_uri(row: dict[str, Any]) -> str:

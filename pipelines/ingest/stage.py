@@ -7,7 +7,7 @@ from typing import Any
 
 from pipelines import storage
 from pipelines.capacity import capacity
-from pipelines.config import IngestConfig, Outcome, PipelineError
+from pipelines.config import AWAY_STATUS, IngestConfig, Outcome, PipelineError, failure
 from pipelines.ingest import shards
 from pipelines.ingest.duplicates import Part
 from pipelines.ingest.manifest import Record, accounts, check_found, check_rejected, make_manifest, summary
@@ -95,12 +95,12 @@ def _read(work: Work, todo: list[Unit]) -> None:
     scale, name = (1, "units") if not sized else (10**6, "MB") if total >= 10**7 else (10**3, "kB")
     bar = Progress("ingest", total // scale, name, done=start // scale, every=2.0)
     found = rejected = 0
-    faults: list[str] = []
+    faults: list[tuple[str, int]] = []
     seen = start
     kwargs = {"config": work.config, "folder": work.staging}
     for row in _on_ray(read_unit, [unit.to_row() for unit in left], kwargs, work.config.readers):
         seen, found, rejected = seen + (row["bytes"] if sized else 1), found + row["found"], rejected + row["rejected"]
-        faults += [row["fault"]] if row["fault"] else []
+        faults += [(row["fault"], row["status"])] if row["fault"] else []
         bar.update(seen // scale, f"{found} pictures, {found / max(bar.seconds(), 1e-9):.0f}/s")
         if len(faults) >= _FAULTS_TO_STOP:
             break
@@ -108,11 +108,14 @@ def _read(work: Work, todo: list[Unit]) -> None:
     _raise_faults("ingest", faults)
 
 
-def _raise_faults(stage: str, faults: list[str]) -> None:
+def _raise_faults(stage: str, faults: list[tuple[str, int]]) -> None:
+    """Raise AwayError where all faults may pass, else PipelineError where there are some."""
     if faults:
-        raise PipelineError(
+        lasting = [status for _, status in faults if status != AWAY_STATUS]
+        raise failure(
             f"{stage}: {len(faults)} units could not be done; what was done is kept, run again to go on from here. "
-            + "; ".join(sorted(faults)[:_FAULTS_TO_STOP])
+            + "; ".join(sorted(fault for fault, _ in faults)[:_FAULTS_TO_STOP]),
+            lasting[0] if lasting else AWAY_STATUS,
         )
 
 
@@ -192,9 +195,9 @@ def _write_shards(work: Work, plan: Plan) -> dict[str, list[dict[str, Any]]]:
     done = {info.uri for info in storage.list_if_any(storage.join(work.staging, "shards"))}
     left = [row for row in rows if shards.record_uri(row) not in done]
     bar = Progress("shards", len(rows), "shards", done=len(rows) - len(left), every=2.0)
-    faults: list[str] = []
+    faults: list[tuple[str, int]] = []
     for row in _on_ray(write_shard, left, {}, work.config.readers):
-        faults += [row["fault"]] if row["fault"] else []
+        faults += [(row["fault"], row["status"])] if row["fault"] else []
         bar.update(bar.done + 1)
     _raise_faults("shards", faults)
     records = _records(work.staging, [shards.record_uri(row) for row in rows])

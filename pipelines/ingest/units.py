@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from pipelines import storage
 from pipelines.cells import printable
-from pipelines.config import IngestConfig, PipelineError
+from pipelines.config import IngestConfig, PipelineError, status_of
 from pipelines.images import ImageError, Limits, Pixels, decode, encode, fit
 from pipelines.ingest.hashing import perceptual_hash
 from pipelines.ingest.items import Item, Shard, items
@@ -82,14 +82,15 @@ def read_unit(row: dict[str, Any], config: IngestConfig, folder: str) -> dict[st
     One unit that cannot be read must not stop the others, whose records a later run finds.
     """
     unit = Unit.from_row(row)
+    told = {"number": unit.number, "bytes": unit.bytes}
     try:
         record = _staged(unit, config, folder)
     except (PipelineError, OSError) as error:  # an OSError here is this machine's, such as a full disk
         fault = printable(str(error) if isinstance(error, PipelineError) else f"{unit.name}: {error}")
-        return {"number": unit.number, "bytes": unit.bytes, "found": 0, "rejected": 0, "fault": fault}
+        return {**told, "found": 0, "rejected": 0, "fault": fault, "status": status_of(error)}
     storage.write_bytes(record_uri(folder, unit.number), storage.to_json(record))
     rejected = sum(record["reasons"].values())
-    return {"number": unit.number, "bytes": unit.bytes, "found": record["found"], "rejected": rejected, "fault": ""}
+    return {**told, "found": record["found"], "rejected": rejected, "fault": "", "status": 0}
 
 
 def record_uri(folder: str, number: int) -> str:

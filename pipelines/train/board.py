@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pipelines.config import PipelineError
+from pipelines.config import PipelineError, status_of
 from pipelines.progress import Board
 
 _POLL_S = 0.5
@@ -18,7 +18,7 @@ class TrainBoard(Board):
     def __init__(self, patience: int) -> None:
         super().__init__()
         self.patience, self.deaths = patience, 0
-        self.asked, self.failure, self.trace = False, "", ""
+        self.asked, self.failure, self.status, self.trace = False, "", 0, ""
         self.step: int | None = None
 
     def ask(self) -> None:
@@ -29,17 +29,18 @@ class TrainBoard(Board):
         """Whether the workers are to save and stop."""
         return self.asked
 
-    def fail(self, message: str) -> None:
+    def fail(self, message: str, status: int = 1) -> None:
         """A worker met what a restart does not mend; the first one's words count."""
-        self.failure = self.failure or message
+        if not self.failure:
+            self.failure, self.status = message, status
 
     def crash(self, trace: str) -> None:
         """A worker died of this."""
         self.trace = trace
 
-    def failed(self) -> str:
-        """What a restart does not mend; empty where all is well."""
-        return self.failure
+    def failed(self) -> tuple[str, int]:
+        """What a restart does not mend, and its status; empty where all is well."""
+        return self.failure, self.status
 
     def begin(self, step: int | None) -> None:
         """A group of workers begins at the checkpoint of `step`: deaths before a new one are forgotten."""
@@ -92,7 +93,7 @@ def errors_left(board: Any) -> Iterator[None]:
     try:
         yield
     except PipelineError as error:
-        ray.get(board.fail.remote(str(error)))
+        ray.get(board.fail.remote(str(error), status_of(error)))
         raise
     except Exception:
         ray.get(board.crash.remote(traceback.format_exc()))

@@ -13,7 +13,7 @@ import torch
 from diffusion_core.strategies import Ranks
 from pipelines import storage
 from pipelines.checkpoint import latest_step
-from pipelines.config import InterruptedRunError, Outcome, PipelineError, TrainConfig
+from pipelines.config import InterruptedRunError, Outcome, TrainConfig, failure
 from pipelines.dataset import open_dataset
 from pipelines.progress import printed_board
 from pipelines.train.board import TrainBoard, deaths_counted, errors_left, wishes_heard
@@ -104,9 +104,9 @@ def _wait_for(fit: Callable[[], Any], board: Any) -> None:
     with _asking(lambda: board.ask.remote()):
         while thread.is_alive():
             thread.join(_POLL_S)
-    failure = ray.get(board.failed.remote())
-    if failure:
-        raise PipelineError(failure)
+    said, status = ray.get(board.failed.remote())
+    if said:
+        raise failure(said, status)
     if errors:
         raise errors[0]
 
