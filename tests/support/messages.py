@@ -66,7 +66,7 @@ def _raised(function, functions):
 
 def _is_error(called):
     name = getattr(called, "id", getattr(called, "attr", ""))
-    return name not in INNER and bool(re.search(r"(Error|Exception|Refusal|Rejection)$|^(fail|status_answer)$", name))
+    return name not in INNER and bool(re.search(r"(Error|Exception|Refusal|Rejection)$|^(fail|failure|status_answer)$", name))
 
 
 def _texts(node, function, functions, depth):
