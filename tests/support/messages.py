@@ -13,6 +13,7 @@ INNER = {
 
 
 _PRINTED = "error: "
+_MAKES_ONE = re.compile(r"(Error|Exception|Refusal|Rejection)$|^(fail|failure|status_answer)$")
 
 
 class Message(NamedTuple):
@@ -66,7 +67,7 @@ def _raised(function, functions):
 
 def _is_error(called):
     name = getattr(called, "id", getattr(called, "attr", ""))
-    return name not in INNER and bool(re.search(r"(Error|Exception|Refusal|Rejection)$|^(fail|failure|status_answer)$", name))
+    return name not in INNER and bool(_MAKES_ONE.search(name))
 
 
 def _texts(node, function, functions, depth):
