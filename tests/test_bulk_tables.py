@@ -20,9 +20,10 @@ from pipelines.bulk.engine import Shared
 from pipelines.bulk.inputs import Rejection
 from pipelines.bulk.numerics import pin
 from pipelines.bulk.plan import job_uri, plan_job
+from pipelines.bulk.rows import check_columns
 from pipelines.bulk.stage import Done
 from pipelines.config import GenerateCommand, GenerateConfig, PipelineError, TraceConfig, VerifyConfig, parse
-from pipelines.image_sets import rejected_of, rows_of
+from pipelines.image_sets import own_names, rejected_of, rows_of
 from pipelines.images import from_png, to_png
 from pipelines.lineage import trace, verify
 from pipelines.model import load_model
@@ -101,7 +102,9 @@ def test_a_table_of_any_kind_gives_the_pictures_that_its_rows_ask_for(worker, tm
         (["class", "seeed"], [], r"column 'seeed' means nothing here; did you mean 'seed'\? .*--carry seeed"),
         (["class", "prompt"], [], "columns 'class' and 'prompt' are the same thing"),
         (["class", "seed"], ["order"], "--carry order: no such column; there are class, seed"),
-        (["class", "sha256"], ["sha256"], "--carry sha256: the output has such a column anyway"),
+        (["class", "seed"], ["seed"], "--carry seed: the output has such a column anyway; leave the flag out"),
+        (["class", "sha256"], ["sha256"], "--carry sha256: the output has one of its own; rename the table's column"),
+        (["class", "reason"], ["reason"], "--carry reason: the output has one of its own"),
     ],
 )
 @pytest.mark.parametrize("write", [csv_of, jsonl_of, parquet_of])
@@ -113,6 +116,19 @@ def test_columns_that_mean_nothing_are_refused_with_the_nearest_name(
     with pytest.raises(PipelineError, match=message):
         bulk.run(config(tmp_path, tiny_model, table=table, carry=carry))
     assert storage.list_if_any(str(tmp_path / "store")) == []
+
+
+def test_what_is_carried_never_takes_the_place_of_what_the_output_says_itself(tmp_path, tiny_model):
+    table = csv_of(tmp_path / "t.csv", ["class", "order"], [["cat", "a"]])
+    for format in ("parquet", "webdataset", "png"):
+        uri = bulk.run(config(tmp_path, tiny_model, table=table, carry=["order"], format=format)).uri
+        (part,) = storage.read_manifest(uri, "images")["parts"]
+        said = set(storage.read_part(uri, part).splitlines()) if format == "png" else []
+        names = {name for line in said for name in json.loads(line)} | set(rows(uri)[0])
+        assert names - {"order"} <= own_names()
+    for name in sorted(own_names() | {"error", "file_name"}):
+        with pytest.raises(PipelineError, match=f"t: --carry {name}: the output has"):
+            check_columns("t", ["class", name], [name])
 
 
 BAD = [["cat", 1, "3"], ["dog", 2, "3"], ["cat", 3, "many"], ["cat", -4, "3"], ["bear", 5, "3"]]
