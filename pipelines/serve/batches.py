@@ -24,7 +24,7 @@ _TASKS: dict[str, Task] = {
     "/v1/images/denoise": "denoise",
 }  # fmt: skip
 _DIGITS = 24
-_VERSION = 1
+_VERSION = 2
 OUTPUT, ERRORS = "-output", "-errors"
 ENDED = ("completed", "failed", "cancelled")
 Status = Literal["validating", "in_progress", "cancelling", "completed", "failed", "cancelled"]
@@ -99,7 +99,7 @@ class Batches:
             raise RequestError("carry", f"no column {missing[0]!r}; there are {', '.join(upload.columns)}")
         job = narrow(
             body, GenerateConfig, store=self.store, name="batches", model=version.uri, table=upload.table, carry=carry,
-            task=_TASKS[body.endpoint], via="serve", app=app, max_rejected="100%", addresses=False,
+            task=_TASKS[body.endpoint], via="serve", app=app, skip_bad=True, max_rejected="100%", addresses=False,
         ).model_dump(mode="json", exclude_unset=True)  # fmt: skip
         said = body.model_dump(mode="json")
         text = storage.to_json([_VERSION, owner, said, upload.id, version.uri, version.digest])
