@@ -146,6 +146,28 @@ def test_all_rows_that_are_wrong_are_told_before_anything_is_made(tmp_path, tiny
     assert storage.list_if_any(str(tmp_path / "store")) == []
 
 
+def test_many_rows_that_are_wrong_are_all_listed_in_the_store_and_no_reason_is_long(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setattr("pipelines.bulk.plan._BYTES_OF_LIST", 1000)
+    names = [f"dog{row}" for row in range(30)]
+    table = csv_of(tmp_path / "t.csv", ["class", "seed"], [["cat", 1], *([name, 1] for name in names), ["x" * 9999, 1]])
+    job = config(tmp_path, tiny_model, table=table, shard_size=4)
+    folder = f"{job_uri(job)}/staging/wrong"
+    for _ in range(2):
+        with pytest.raises(PipelineError, match=rf"31 of 32 rows .*; and 11 more \(all are listed in {folder}\); mend"):
+            bulk.run(job)
+        parts = sorted(info.uri for info in storage.list_objects(folder))
+        told = [json.loads(line) for part in parts for line in storage.read_bytes(part).splitlines()]
+        assert len(parts) > 1
+        assert [each["row"] for each in told] == list(range(1, 32))
+        assert all(f"'{name}'" in each["reason"] for name, each in zip(names, told, strict=False))
+        assert len(told[-1]["reason"]) < 600
+        assert told[-1]["reason"].startswith("prompt: no class 'xxx")
+    with pytest.raises(PipelineError, match=r"and 11 more \(a run lists all\)"):
+        bulk.rehearse(GenerateCommand(**job.model_dump(exclude_unset=True), dry_run=True))
+    uri = bulk.run(job.model_copy(update={"skip_bad": True})).uri
+    assert [row["reason"] for row in rejected(uri)] == ["bad_row"] * 31
+
+
 def test_rows_that_are_wrong_are_left_out_where_that_is_asked_for_and_the_others_stay_as_they_are(
     worker, tmp_path, tiny_model
 ):
