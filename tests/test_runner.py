@@ -11,7 +11,7 @@ import pytest
 
 from diffusion_core.config import PRESETS, ModelConfig
 from pipelines import storage
-from pipelines.serve.batches import BatchBody, Batches
+from pipelines.serve.batches import BatchBody, Batches, State
 from pipelines.serve.callbacks import call_back
 from pipelines.serve.catalogue import Version
 from pipelines.serve.runner import Runner
@@ -107,6 +107,42 @@ def test_a_batch_waits_for_a_store_that_is_away(batches, monkeypatch):
     monkeypatch.setattr(batches, "is_cancelled", away)
     watched(batches, script("raise SystemExit('error: no')"), closed(batches))
     assert batches.state(ordered).error == "no"
+
+
+def test_a_batch_that_is_ordered_again_while_its_end_is_told_is_made_again(batches, monkeypatch):
+    ordered, called, runs = order(batches, callback="http://x/"), [], []
+
+    def tell(_, name, status):
+        if not called:
+            assert order(batches, callback="http://x/").id == name
+        called.append(status)
+        return True
+
+    def command(_):
+        runs.append(1)
+        return [sys.executable, "-c", f"raise SystemExit('error: {len(runs)}')"]
+
+    monkeypatch.setattr("pipelines.serve.runner.call_back", tell)
+    watched(batches, command, closed(batches))
+    assert (called, len(runs), batches.state(ordered).error) == (["failed", "failed"], 2, "2")
+
+
+def test_a_batch_that_is_ordered_again_while_it_is_closed_stays_open(batches, monkeypatch):
+    ordered, remove = order(batches), storage.remove_object
+    batches.note(ordered, State("failed"))
+
+    def removed(uri):
+        if uri.endswith(ordered.id):
+            monkeypatch.setattr(storage, "remove_object", remove)
+            order(batches)
+        remove(uri)
+
+    monkeypatch.setattr(storage, "remove_object", removed)
+    batches.close(ordered)
+    assert [each.id for each in batches.unfinished()] == [ordered.id]
+    batches.note(ordered, State("failed"))
+    batches.close(ordered)
+    assert batches.unfinished() == []
 
 
 def test_whoever_answers_a_callback_with_no_http_is_nobody():

@@ -112,7 +112,7 @@ class Batches:
             storage.remove_object(self._place(ordered, "cancel"))
             storage.remove_object(self._place(ordered, "state.json"))
         if self.state(ordered).status != "completed":
-            storage.create_bytes(storage.join(self._open, f"{owner}.{ordered.id}"), b"")
+            storage.create_bytes(self._marker(ordered), b"")
         return self.find(owner, ordered.id) or ordered
 
     def find(self, owner: str, identity: str) -> Ordered | None:
@@ -166,8 +166,12 @@ class Batches:
         storage.write_bytes(self._place(ordered, "state.json"), storage.to_json(asdict(state)))
 
     def close(self, ordered: Ordered) -> None:
-        """There is nothing left to do for a batch."""
-        storage.remove_object(storage.join(self._open, f"{ordered.owner}.{ordered.id}"))
+        """There is nothing left to do for a batch, unless it was ordered again after its end."""
+        if self.state(ordered).status in ENDED:
+            storage.remove_object(self._marker(ordered))
+            # Whoever orders it again takes its end away first: it is seen here, or their marker comes after this.
+            if self.state(ordered).status not in ENDED:
+                storage.create_bytes(self._marker(ordered), b"")
 
     def cancel(self, ordered: Ordered) -> None:
         """Have a batch stopped by whoever makes it."""
@@ -176,6 +180,10 @@ class Batches:
     def is_cancelled(self, ordered: Ordered) -> bool:
         """Whether somebody wants it stopped."""
         return storage.exists(self._place(ordered, "cancel"))
+
+    def _marker(self, ordered: Ordered) -> str:
+        """What says that a batch is to be made."""
+        return storage.join(self._open, f"{ordered.owner}.{ordered.id}")
 
     def _place(self, ordered: Ordered, name: str) -> str:
         return storage.join(self.folder, ordered.owner, "batches", ordered.id, name)
