@@ -25,6 +25,7 @@ from pipelines.config import (
     TrainConfig,
     TrainOptions,
     Uri,
+    check_origin,
     narrow,
 )
 
@@ -143,6 +144,11 @@ class PipelineOptions(FlowOptions):
     evaluate: EvaluateOptions = Field(EvaluateOptions(), description="evaluation")
     promote: GateOptions = Field(GateOptions(), description="the gate before promotion")
     generate: GenerateOptions = Field(GenerateOptions(), description="bulk generation")
+
+    @model_validator(mode="after")
+    def _one_origin_of_rows(self) -> Self:
+        check_origin(self.generate, getattr(self, "table", None))  # now, and not once all else is made
+        return self
 
 
 class PipelineConfig(PipelineOptions, IngestOptions, Place):
