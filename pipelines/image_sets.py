@@ -33,6 +33,11 @@ def row_columns() -> dict[str, pa.DataType]:
     return {"row": pa.int64(), **picture, "model": pa.string(), **request_columns(), **files, "settings": pa.string()}
 
 
+def own_names() -> set[str]:
+    """Names that the lines of an image set have themselves in any format, those of rejected rows among them."""
+    return {*row_columns(), "file_name", "reason", "error"}
+
+
 def rows_of(uri: str, manifest: dict[str, Any], part: dict[str, Any]) -> Iterator[Row]:
     """The rows of a part, each with its picture as `image`: {bytes, path}.
 

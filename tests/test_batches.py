@@ -171,15 +171,19 @@ def images(ray_session, tiny_model, tmp_path_factory):
     return bulk.run(config).uri
 
 
-def test_a_batch_is_made_and_its_pictures_and_errors_are_fetched(client, service, images, tiny_model):
-    told = Progress("generate", 3, "rows", emit=lambda _: None).line(1.0, "", 1, "rows").replace(" 0/3", " 2/3")
-    assert counts_of(told) == (2, 3)
-    batch = order(client)
-    with making(service, script(f"print({told!r}); time.sleep(0.5); print('generate: {images}')")):
+def by_actors(config):
+    """The bulk stage's own command, without Ray and its service."""
+    return bulk_command(config.model_copy(update={"via": "actors", "workers": 1, "lanes": 4}))
+
+
+def test_a_batch_is_made_and_its_pictures_and_errors_are_fetched(client, service, tiny_model, monkeypatch):
+    monkeypatch.delitem(service.runner.environment, "RAY_ADDRESS", raising=False)
+    table = b"class,seed,steps,custom_id\ncat,1,2,a\ndog,2,2,b\n,3,2,\n"
+    batch, wrong = order(client, table), order(client, b"class,seed\ndog,1\ncat,many\n")
+    with making(service, by_actors):
         assert until(client, batch, "in_progress", "completed").in_progress_at
-        done = until(client, batch, "completed")
-    assert (done.request_counts.completed, done.request_counts.failed) == (2, 1)
-    assert done.images == images
+        done, none = (until(client, each, "completed", "failed", seconds=120) for each in (batch, wrong))
+    assert (done.status, done.request_counts.completed, done.request_counts.failed) == ("completed", 2, 1)
     lines = [json.loads(line) for line in client.files.content(done.output_file_id).read().splitlines()]
     assert [line["custom_id"] for line in lines] == ["a", "2"]
     (expected,) = load_worker(tiny_model, lanes=4).paint([ImageRequest(prompt="cat", seed=1, steps=2)])
@@ -190,7 +194,22 @@ def test_a_batch_is_made_and_its_pictures_and_errors_are_fetched(client, service
     assert (failed["custom_id"], failed["error"]["code"]) == ("b", "bad_row")
     assert "no class 'dog'" in failed["error"]["message"]
     assert client.files.retrieve(done.output_file_id).purpose == "batch_output"
-    assert order(client).status == "completed"
+    assert order(client, table).status == "completed"
+    assert (none.status, none.request_counts.completed, none.request_counts.failed) == ("completed", 0, 2)
+    told = [json.loads(line) for line in client.files.content(none.error_file_id).read().splitlines()]
+    assert [(line["custom_id"], line["error"]["code"]) for line in told] == [("0", "bad_row"), ("1", "bad_row")]
+    assert client.files.content(none.output_file_id).read() == b""
+
+
+def test_how_far_a_batch_is_stands_in_what_its_command_prints(client, service, images):
+    told = Progress("generate", 3, "rows", emit=lambda _: None).line(1.0, "", 1, "rows").replace(" 0/3", " 2/3")
+    assert counts_of(told) == (2, 3)
+    batch = order(client, metadata={"number": "1"})
+    with making(service, script(f"print({told!r}); time.sleep(1); print('generate: {images}')")):
+        while (found := until(client, batch, "in_progress", "completed")).status == "in_progress":
+            seen = found.request_counts.completed
+        assert seen == 2
+    assert (found.request_counts.completed, found.request_counts.failed, found.images) == (2, 1, images)
 
 
 def test_a_batch_that_fails_says_why_and_goes_on_when_it_is_ordered_again(client, service, images):

@@ -20,9 +20,10 @@ from pipelines.bulk.engine import Shared
 from pipelines.bulk.inputs import Rejection
 from pipelines.bulk.numerics import pin
 from pipelines.bulk.plan import job_uri, plan_job
+from pipelines.bulk.rows import check_columns
 from pipelines.bulk.stage import Done
 from pipelines.config import GenerateCommand, GenerateConfig, PipelineError, TraceConfig, VerifyConfig, parse
-from pipelines.image_sets import rejected_of, rows_of
+from pipelines.image_sets import own_names, rejected_of, rows_of
 from pipelines.images import from_png, to_png
 from pipelines.lineage import trace, verify
 from pipelines.model import load_model
@@ -101,7 +102,9 @@ def test_a_table_of_any_kind_gives_the_pictures_that_its_rows_ask_for(worker, tm
         (["class", "seeed"], [], r"column 'seeed' means nothing here; did you mean 'seed'\? .*--carry seeed"),
         (["class", "prompt"], [], "columns 'class' and 'prompt' are the same thing"),
         (["class", "seed"], ["order"], "--carry order: no such column; there are class, seed"),
-        (["class", "sha256"], ["sha256"], "--carry sha256: the output has such a column anyway"),
+        (["class", "seed"], ["seed"], "--carry seed: the output has such a column anyway; leave the flag out"),
+        (["class", "sha256"], ["sha256"], "--carry sha256: the output has one of its own; rename the table's column"),
+        (["class", "reason"], ["reason"], "--carry reason: the output has one of its own"),
     ],
 )
 @pytest.mark.parametrize("write", [csv_of, jsonl_of, parquet_of])
@@ -113,6 +116,19 @@ def test_columns_that_mean_nothing_are_refused_with_the_nearest_name(
     with pytest.raises(PipelineError, match=message):
         bulk.run(config(tmp_path, tiny_model, table=table, carry=carry))
     assert storage.list_if_any(str(tmp_path / "store")) == []
+
+
+def test_what_is_carried_never_takes_the_place_of_what_the_output_says_itself(tmp_path, tiny_model):
+    table = csv_of(tmp_path / "t.csv", ["class", "order"], [["cat", "a"]])
+    for format in ("parquet", "webdataset", "png"):
+        uri = bulk.run(config(tmp_path, tiny_model, table=table, carry=["order"], format=format)).uri
+        (part,) = storage.read_manifest(uri, "images")["parts"]
+        said = set(storage.read_part(uri, part).splitlines()) if format == "png" else []
+        names = {name for line in said for name in json.loads(line)} | set(rows(uri)[0])
+        assert names - {"order"} <= own_names()
+    for name in sorted(own_names() | {"error", "file_name"}):
+        with pytest.raises(PipelineError, match=f"t: --carry {name}: the output has"):
+            check_columns("t", ["class", name], [name])
 
 
 BAD = [["cat", 1, "3"], ["dog", 2, "3"], ["cat", 3, "many"], ["cat", -4, "3"], ["bear", 5, "3"]]
@@ -128,6 +144,28 @@ def test_all_rows_that_are_wrong_are_told_before_anything_is_made(tmp_path, tiny
     assert "row 3: seed: '-4': " in told
     assert "\n" not in told
     assert storage.list_if_any(str(tmp_path / "store")) == []
+
+
+def test_many_rows_that_are_wrong_are_all_listed_in_the_store_and_no_reason_is_long(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setattr("pipelines.bulk.plan._BYTES_OF_LIST", 1000)
+    names = [f"dog{row}" for row in range(30)]
+    table = csv_of(tmp_path / "t.csv", ["class", "seed"], [["cat", 1], *([name, 1] for name in names), ["x" * 9999, 1]])
+    job = config(tmp_path, tiny_model, table=table, shard_size=4)
+    folder = f"{job_uri(job)}/staging/wrong"
+    for _ in range(2):
+        with pytest.raises(PipelineError, match=rf"31 of 32 rows .*; and 11 more \(all are listed in {folder}\); mend"):
+            bulk.run(job)
+        parts = sorted(info.uri for info in storage.list_objects(folder))
+        told = [json.loads(line) for part in parts for line in storage.read_bytes(part).splitlines()]
+        assert len(parts) > 1
+        assert [each["row"] for each in told] == list(range(1, 32))
+        assert all(f"'{name}'" in each["reason"] for name, each in zip(names, told, strict=False))
+        assert len(told[-1]["reason"]) < 600
+        assert told[-1]["reason"].startswith("prompt: no class 'xxx")
+    with pytest.raises(PipelineError, match=r"and 11 more \(a run lists all\)"):
+        bulk.rehearse(GenerateCommand(**job.model_dump(exclude_unset=True), dry_run=True))
+    uri = bulk.run(job.model_copy(update={"skip_bad": True})).uri
+    assert [row["reason"] for row in rejected(uri)] == ["bad_row"] * 31
 
 
 def test_rows_that_are_wrong_are_left_out_where_that_is_asked_for_and_the_others_stay_as_they_are(

@@ -2,7 +2,7 @@ import pytest
 
 from pipelines import config
 from pipelines.config import GenerateConfig, IngestConfig, PipelineError, TraceConfig, TrainConfig
-from pipelines.flow_config import DemoConfig
+from pipelines.flow_config import DemoConfig, InpaintFlow, NightlyConfig
 
 
 def parse(kind, *flags):
@@ -102,3 +102,27 @@ def test_identity_follows_what_is_made_and_not_how():
 def test_one_lane_is_refused():
     with pytest.raises(PipelineError, match="need 2 or more, or 0 to measure"):
         parse(GenerateConfig, "--model", "m", "--name", "n", "--lanes", "1")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--prompt penguin", "--task vary", "--inpainting replacement", "--solves 3", "--resample 2", "--noise-level 0.3",
+     "--strength 0.5"],
+)  # fmt: skip
+def test_settings_of_a_tables_rows_are_refused_without_a_table_before_anything_else_is_made(flags):
+    name, value = flags.split()
+    told = f"{name} is for rows of a --table, and there is none; without one, give --classes alone"
+    with pytest.raises(PipelineError, match=told):
+        parse(GenerateConfig, "--model", "/m", "--count", "1000", name, value)
+    with pytest.raises(PipelineError, match=told):
+        parse(DemoConfig, f"--generate.{name.removeprefix('--')}", value)
+    assert parse(GenerateConfig, "--model", "/m", "--table", "t.csv", name, value).table
+    assert parse(NightlyConfig, "--source", "/in", "--table", "t.csv", f"--generate.{name[2:]}", value).table
+
+
+def test_settings_of_pictures_without_a_table_are_refused_with_one():
+    with pytest.raises(PipelineError, match="--classes is for rows without a table"):
+        parse(NightlyConfig, "--source", "/in", "--table", "t.csv", "--generate.classes", "cat")
+    with pytest.raises(PipelineError, match="--table names the pictures and masks"):
+        parse(InpaintFlow, "--model", "/m")
+    assert parse(GenerateConfig, "--model", "/m", "--negative-prompt", "cat", "--classes", "penguin").classes

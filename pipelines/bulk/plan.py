@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,7 +28,11 @@ _PLAN = "plan.json"
 _ROWS_IN_PART = 8192
 _BYTES_IN_PART = 16 * 2**20
 _TELL_EVERY_S = 5.0
-_SHOWN, _KEPT = 20, 1000
+# Of the rows that are wrong so many stand in the error; all are listed in objects of so many bytes below this folder
+_SHOWN = 20
+_BYTES_OF_LIST = 4 * 2**20
+_WRONG = f"{STAGING}/wrong"
+_LONGEST_REASON = 500
 
 
 def job_uri(config: GenerateConfig) -> str:
@@ -68,6 +73,7 @@ def checked_rows(config: GenerateConfig, info: ObjectInfo, path: str, model: str
                 staged |= checker.staged(row)
             except RequestError as error:
                 staged["refused"] = str(error)
+        staged["refused"] = _bounded(staged["refused"])
         yield staged
 
 
@@ -126,13 +132,13 @@ def _staged_table(config: GenerateConfig, uri: str, model: str) -> Table:
         storage.write_bytes(plan, storage.to_json(made))
     told = storage.read_json(plan)
     if told["refused"] and not config.skip_bad:
-        raise refused_rows(config.table, told["rows"], Bad(told["refused"], told["bad"]))
+        raise refused_rows(config.table, told["rows"], Bad(uri, told["refused"], told["bad"]))
     return Table(told["digest"], told["rows"], told["refused"], tuple(told["parts"]))
 
 
 def _stage(config: GenerateConfig, uri: str, info: ObjectInfo, path: str, model: str) -> dict[str, Any]:
     """Check and stage all rows. Raises PipelineError where some are wrong."""
-    folder, bad, rows = storage.join(uri, STAGING), Bad(), 0
+    folder, bad, rows = storage.join(uri, STAGING), Bad(uri), 0
     staging = _Staging(folder, staged_schema(carried_types(info.uri, path, config.carry)))
     told = time.monotonic()
     checked = checked_rows(config, info, path, model)
@@ -144,6 +150,7 @@ def _stage(config: GenerateConfig, uri: str, info: ObjectInfo, path: str, model:
         if time.monotonic() - told > _TELL_EVERY_S:
             told = time.monotonic()
             print_line(f"check: {rows} rows, {bad.count} of them wrong")
+    bad.close()
     if not rows or (bad.count and not config.skip_bad):
         raise refused_rows(info.uri, rows, bad)
     staging.close()
@@ -152,16 +159,41 @@ def _stage(config: GenerateConfig, uri: str, info: ObjectInfo, path: str, model:
 
 @dataclass
 class Bad:
-    """The rows that are wrong: how many, and the first of them with their reasons."""
+    """The rows that are wrong: how many, and the first of them; all, where they are more, in a list of job `uri`.
 
+    Without a job they are counted alone: nothing is written.
+    """
+
+    uri: str = ""
     count: int = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
+    _buffer: bytearray = field(default_factory=bytearray)
+    _parts: int = 0
+
+    @property
+    def folder(self) -> str:
+        """Where the list lies."""
+        return storage.join(self.uri, _WRONG)
 
     def add(self, staged: list[dict[str, Any]]) -> None:
-        """Take down those among these rows."""
+        """Take down those among these rows. Raises StorageError."""
         found = [{"row": row["row"], "reason": row["refused"]} for row in staged if row["refused"]]
         self.count += len(found)
-        self.rows += found[: _KEPT - len(self.rows)]
+        self.rows += found[: _SHOWN - len(self.rows)]
+        if self.uri:
+            self._buffer += b"".join(json.dumps(row).encode() + b"\n" for row in found)
+            if len(self._buffer) >= _BYTES_OF_LIST:
+                self._write()
+
+    def close(self) -> None:
+        """Write what is left of the list, unless an error has room for all. Raises StorageError."""
+        if self._buffer and self.count > _SHOWN:
+            self._write()
+
+    def _write(self) -> None:
+        storage.put_part(self.folder, f"part-{self._parts:05}", ".jsonl", bytes(self._buffer))
+        self._parts += 1
+        self._buffer.clear()
 
 
 def refused_rows(table: str, rows: int, bad: Bad) -> PipelineError:
@@ -169,11 +201,18 @@ def refused_rows(table: str, rows: int, bad: Bad) -> PipelineError:
     if not rows:
         return PipelineError(f"{table}: has no rows")
     listed = "; ".join(f"row {row['row']}: {row['reason']}" for row in bad.rows[:_SHOWN])
-    more = f"; and {bad.count - _SHOWN} more" if bad.count > _SHOWN else ""
+    where = f"all are listed in {bad.folder}" if bad.uri else "a run lists all"
+    more = f"; and {bad.count - _SHOWN} more ({where})" if bad.count > _SHOWN else ""
     return PipelineError(
         f"{table}: {bad.count} of {rows} rows (the first is 0) are wrong: {listed}{more}; mend them, or leave them out "
         "with --skip-bad"
     )
+
+
+def _bounded(reason: str) -> str:
+    """A reason without the middle of a value that is long."""
+    half = _LONGEST_REASON // 2
+    return reason if len(reason) <= _LONGEST_REASON else f"{reason[:half]} … {reason[-half:]}"
 
 
 def _fitting(name: str, value: Any, kind: pa.DataType) -> Any:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from diffusion_core.config import ModelConfig
 from pipelines.cells import resolve, word
 from pipelines.config import GenerateConfig, PipelineError
-from pipelines.image_sets import FILES, request_columns, row_columns
+from pipelines.image_sets import FILES, own_names, request_columns
 from pipelines.requests import ImageRequest, RequestError, open_request
 
 _ALIASES = {"class": "prompt"}
@@ -53,8 +53,10 @@ def check_columns(table: str, columns: Iterable[str], carried: Iterable[str]) ->
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
             raise PipelineError(f"{table}: column {name!r} means nothing here; {hint} To take it along: --carry {name}")
     for name in carried:
-        if name in known or name in row_columns():
+        if name in known:
             raise PipelineError(f"{table}: --carry {name}: the output has such a column anyway; leave the flag out")
+        if name in own_names():
+            raise PipelineError(f"{table}: --carry {name}: the output has one of its own; rename the table's column")
     if {"class", "prompt"} <= set(columns):
         raise PipelineError(f"{table}: columns 'class' and 'prompt' are the same thing; leave one out")
 

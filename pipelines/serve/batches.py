@@ -24,7 +24,7 @@ _TASKS: dict[str, Task] = {
     "/v1/images/denoise": "denoise",
 }  # fmt: skip
 _DIGITS = 24
-_VERSION = 1
+_VERSION = 2
 OUTPUT, ERRORS = "-output", "-errors"
 ENDED = ("completed", "failed", "cancelled")
 Status = Literal["validating", "in_progress", "cancelling", "completed", "failed", "cancelled"]
@@ -99,7 +99,7 @@ class Batches:
             raise RequestError("carry", f"no column {missing[0]!r}; there are {', '.join(upload.columns)}")
         job = narrow(
             body, GenerateConfig, store=self.store, name="batches", model=version.uri, table=upload.table, carry=carry,
-            task=_TASKS[body.endpoint], via="serve", app=app, max_rejected="100%", addresses=False,
+            task=_TASKS[body.endpoint], via="serve", app=app, skip_bad=True, max_rejected="100%", addresses=False,
         ).model_dump(mode="json", exclude_unset=True)  # fmt: skip
         said = body.model_dump(mode="json")
         text = storage.to_json([_VERSION, owner, said, upload.id, version.uri, version.digest])
@@ -112,7 +112,7 @@ class Batches:
             storage.remove_object(self._place(ordered, "cancel"))
             storage.remove_object(self._place(ordered, "state.json"))
         if self.state(ordered).status != "completed":
-            storage.create_bytes(storage.join(self._open, f"{owner}.{ordered.id}"), b"")
+            storage.create_bytes(self._marker(ordered), b"")
         return self.find(owner, ordered.id) or ordered
 
     def find(self, owner: str, identity: str) -> Ordered | None:
@@ -165,8 +165,12 @@ class Batches:
         storage.write_bytes(self._place(ordered, "state.json"), storage.to_json(asdict(state)))
 
     def close(self, ordered: Ordered) -> None:
-        """There is nothing left to do for a batch."""
-        storage.remove_object(storage.join(self._open, f"{ordered.owner}.{ordered.id}"))
+        """There is nothing left to do for a batch, unless it was ordered again after its end."""
+        if self.state(ordered).status in ENDED:
+            storage.remove_object(self._marker(ordered))
+            # Whoever orders it again takes its end away first: it is seen here, or their marker comes after this.
+            if self.state(ordered).status not in ENDED:
+                storage.create_bytes(self._marker(ordered), b"")
 
     def cancel(self, ordered: Ordered) -> None:
         """Have a batch stopped by whoever makes it."""
@@ -175,6 +179,10 @@ class Batches:
     def is_cancelled(self, ordered: Ordered) -> bool:
         """Whether somebody wants it stopped."""
         return storage.exists(self._place(ordered, "cancel"))
+
+    def _marker(self, ordered: Ordered) -> str:
+        """What says that a batch is to be made."""
+        return storage.join(self._open, f"{ordered.owner}.{ordered.id}")
 
     def _place(self, ordered: Ordered, name: str) -> str:
         return storage.join(self.folder, ordered.owner, "batches", ordered.id, name)

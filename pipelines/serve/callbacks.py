@@ -1,5 +1,6 @@
 """Calls back when a batch has ended: its id and nothing else, to addresses that whoever runs the service allows."""
 
+import http.client
 import json
 import time
 import urllib.request
@@ -28,7 +29,7 @@ def call_back(address: str, batch: str, status: str, waits: Sequence[float] = _W
         try:
             with opener.open(request, timeout=_TIMEOUT_S):
                 return True
-        except (OSError, ValueError):  # urllib's own errors are OSErrors
+        except (OSError, ValueError, http.client.HTTPException):  # urllib's own errors are OSErrors
             if wait is not None:
                 time.sleep(wait)
     return False

@@ -6,7 +6,7 @@ import logging
 import re
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from pipelines import storage
@@ -19,6 +19,8 @@ _log = logging.getLogger("ray.serve")
 _STAGE = "generate"
 # Tries of a batch whose command was killed, or failed after it had come further
 _TRIES = 5
+# Bytes of a command's output that are read at once, and those of a line that are heard
+_CHUNK, _LONGEST = 2**16, 2**14
 # Has a command end when the service's process is killed, as another one goes on with it (PR_SET_PDEATHSIG of prctl(2)).
 # It becomes the command: a function between fork and exec is unsafe beside the threads of Ray.
 _WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
@@ -81,15 +83,28 @@ class Runner:
     async def _make(self, ordered: Ordered) -> None:
         """Make a batch to its end, which is written down, and call whoever wants to be."""
         try:
-            state = await asyncio.to_thread(self.batches.state, ordered)
-            if state.status not in ENDED:
-                state = await self._run(ordered, _reached("in_progress", state))
-                await asyncio.to_thread(self.batches.note, ordered, state)
+            state = await self._end_of(ordered)
             if ordered.callback and not await asyncio.to_thread(call_back, ordered.callback, ordered.id, state.status):
                 _log.warning("serve: %s: nobody answers at its callback", ordered.id)
             await asyncio.to_thread(self.batches.close, ordered)
         except PipelineError as error:
             self._tell(f"{ordered.id} waits: {error}")
+
+    async def _end_of(self, ordered: Ordered) -> State:
+        """The end of a batch, written down; `failed` where something befalls it that will not pass by itself."""
+        state = State()
+        try:
+            state = await asyncio.to_thread(self.batches.state, ordered)
+            if state.status in ENDED:
+                return state
+            end = await self._run(ordered, _reached("in_progress", state))
+        except AwayError:
+            raise
+        except Exception as error:  # noqa: BLE001  # tried again as it is, it would fail for ever
+            _log.error("serve: %s fails", ordered.id, exc_info=error)
+            end = _reached("failed", replace(state, error=_worded(error)))
+        await asyncio.to_thread(self.batches.note, ordered, end)
+        return end
 
     async def _run(self, ordered: Ordered, state: State) -> State:
         """The end of a batch, which may take more runs than one."""
@@ -106,6 +121,23 @@ class Runner:
 def _reached(status: Status, state: State) -> State:
     """A state from now on."""
     return replace(state, status=status, at={**state.at, status: state.at.get(status, now())})
+
+
+def _worded(error: Exception) -> str:
+    """An error as one line of bounded length."""
+    kind = "" if isinstance(error, PipelineError) else f"{type(error).__name__}: "
+    return " ".join(f"{kind}{error}".split())[:_LONGEST]
+
+
+async def _lines(output: asyncio.StreamReader) -> AsyncIterator[str]:
+    """The lines of a command's output, each cut to so much as is heard: one may be of any length."""
+    rest = b""
+    while chunk := await output.read(_CHUNK):
+        *whole, rest = (rest + chunk).split(b"\n")
+        for line in whole:
+            yield line[:_LONGEST].decode(errors="replace").strip()
+        rest = rest[:_LONGEST]
+    yield rest.decode(errors="replace").strip()
 
 
 @dataclass(eq=False)
@@ -133,8 +165,8 @@ class _Run:
         stopping = asyncio.create_task(self._stop_if_cancelled(process))
         try:
             assert process.stdout is not None
-            async for line in process.stdout:
-                await self._hear(line.decode(errors="replace").strip())
+            async for line in _lines(process.stdout):
+                await self._hear(line)
             return self._ended(await process.wait())
         finally:
             stopping.cancel()
