@@ -76,10 +76,10 @@ def test_an_unknown_class_is_refused_before_anything_is_made(tmp_path, tiny_mode
 
 
 class Fleeting:
-    """A service that answers for two shards, and is gone then."""
+    """A service whose engines have lanes and threads of their own; it answers for two shards, and is gone then."""
 
     def __init__(self, job):
-        self.worker = load_worker(job.config.model, lanes=job.config.lanes)
+        self.worker = load_worker(job.config.model, lanes=8, threads=1)
         self.model, self.numerics, self.asked = self.worker.model.config, self.worker.profile, []
 
     def ask(self, requests):
@@ -92,11 +92,12 @@ class Fleeting:
         return self.worker.paint(requests)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_service_that_does_not_come_back_is_gone_on_without_and_what_others_made_is_not_asked_of_it(
     tmp_path, tiny_model, monkeypatch, capsys
 ):
-    quiet = bulk.run(config(tmp_path / "quiet", tiny_model, count=32)).uri
-    begun = config(tmp_path / "begun", tiny_model, count=32, via="serve")
+    quiet = bulk.run(config(tmp_path / "quiet", tiny_model, count=32, lanes=8, threads=1)).uri
+    begun = config(tmp_path / "begun", tiny_model, count=32, via="serve", lanes=4, threads=2)
     asked = []
 
     def service(job):
@@ -115,3 +116,15 @@ def test_a_service_that_does_not_come_back_is_gone_on_without_and_what_others_ma
     }
     assert asked == [[8, 8, 8]]
     assert "the service is away; going on with workers of the job's own" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_workers_take_the_lanes_and_threads_that_a_job_was_begun_with_unless_a_flag_says_others(tmp_path, tiny_model):
+    begun = GenerateConfig(store=str(tmp_path), model=tiny_model, count=8, steps=1, workers=1)
+    profile = load_worker(tiny_model, lanes=6, threads=1).profile
+    pin(bulk.plan.job_uri(begun), profile)
+    for other, told in (({"lanes": 8}, "lanes 6 there, 8 here"), ({"threads": 2}, "threads 1 there, 2 here")):
+        with pytest.raises(PipelineError, match=told):
+            bulk.run(begun.model_copy(update=other))
+    uri = bulk.run(begun.model_copy(update={"lanes": 0})).uri
+    assert [part["numerics"] for part in storage.read_manifest(uri, "images")["parts"]] == [profile]

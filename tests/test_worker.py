@@ -245,3 +245,13 @@ def test_memory_that_a_tick_frees_is_there_for_the_next_one():
     assert pages(False) > 10_000, "glibc by itself: otherwise there is nothing to keep"
     assert pages(True) < 500
     assert pages(False, **memory.keeping()["env_vars"]) < 500
+
+
+def test_threads_are_part_of_the_profile_on_a_cpu_alone(tiny_model, monkeypatch):
+    own = load_worker(tiny_model, lanes=8)
+    assert own.profile == {
+        "device": "cpu", "dtype": "float32", "lanes": 8, "threads": torch.get_num_threads(), "torch": torch.__version__,
+    }  # fmt: skip
+    monkeypatch.setattr(own, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
+    assert own.profile == {"device": "H100", "dtype": "float32", "lanes": 8, "torch": torch.__version__}

@@ -1,7 +1,7 @@
 """The numerics profile of a job: what its first worker has, and all others must have as well."""
 
 from pipelines import storage
-from pipelines.config import PipelineError
+from pipelines.config import GenerateConfig, PipelineError
 
 Numerics = dict[str, str | int]
 _NAME = "numerics.json"
@@ -14,6 +14,16 @@ def pinned(uri: str) -> Numerics | None:
     except storage.NotFoundError:
         return None
     return found
+
+
+def as_pinned(config: GenerateConfig, profile: Numerics | None, flags: bool = True) -> GenerateConfig:
+    """The settings with the lanes and threads of a job's profile, where there is one.
+
+    With `flags`, one of these that says how many stays.
+    """
+    there = {name: int(value) for name, value in (profile or {}).items() if name in ("lanes", "threads")}
+    said = {name for name in config.model_fields_set if flags and getattr(config, name)}
+    return config.model_copy(update={name: value for name, value in there.items() if name not in said})
 
 
 def pin(uri: str, profile: Numerics) -> None:

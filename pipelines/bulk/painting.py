@@ -13,9 +13,9 @@ import torch
 from pipelines.bulk.engine import Shared
 from pipelines.bulk.inputs import read_requests
 from pipelines.bulk.job import Job
-from pipelines.bulk.numerics import pin, pinned
+from pipelines.bulk.numerics import as_pinned, pin, pinned
 from pipelines.bulk.shards import Record, commit_shard, record_of
-from pipelines.config import PipelineError, ray_address
+from pipelines.config import GenerateConfig, PipelineError, ray_address
 from pipelines.model import load_model
 from pipelines.worker import Worker, load_worker, one_of_a_pool, pool_size
 from pipelines.worker.threads import apart
@@ -62,16 +62,19 @@ class ShardPainter:
 
 
 def _worker(job: Job) -> Worker:
-    """The model on a device; where the lanes are to be measured, as many as the job's first worker found best."""
-    lanes = job.config.lanes or int((pinned(job.uri) or {}).get("lanes", 0))
-    load = partial(load_worker, job.config.model, threads=job.config.threads)
-    worker = load(lanes=lanes)
-    if lanes == 0:
-        with contextlib.suppress(PipelineError):
-            pin(job.uri, worker.profile)
-        first = int((pinned(job.uri) or {}).get("lanes", 0))
-        return worker if first == worker.profile["lanes"] else load(lanes=first)
-    return worker
+    """The model on a device; lanes and threads of which no flag says how many are those of the job's first worker."""
+    wanted = as_pinned(job.config, pinned(job.uri))
+    worker = _loaded(wanted)
+    with contextlib.suppress(PipelineError):
+        pin(job.uri, worker.profile)
+    first = as_pinned(job.config, pinned(job.uri))
+    if first == wanted or (worker.profile["lanes"], worker.profile.get("threads", 0)) == (first.lanes, first.threads):
+        return worker
+    return _loaded(first)
+
+
+def _loaded(config: GenerateConfig) -> Worker:
+    return load_worker(config.model, lanes=config.lanes, threads=config.threads)
 
 
 def through_actors(job: Job, missing: Sequence[int]) -> Iterator[Made]:

@@ -3,12 +3,13 @@
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from pipelines.bulk.engine import End, calls_of
 from pipelines.bulk.inputs import Rejection, read_requests
 from pipelines.bulk.job import Job, Order
-from pipelines.bulk.numerics import pin
+from pipelines.bulk.numerics import as_pinned, pin, pinned
 from pipelines.bulk.painting import through_actors
 from pipelines.bulk.shards import Numerics, Record, commit_shard, record_of
 from pipelines.config import AwayError, PipelineError
@@ -57,7 +58,9 @@ def through_service(job: Job, missing: Sequence[int]) -> Iterator[tuple[int, Rec
             yield shard, record
     except ServiceAwayError as error:
         print_line(f"generate: {error}; going on with workers of the job's own")
-        yield from through_actors(job, list(left))
+        # As the engines were, whose lanes and threads are the service's: this job's flags say nothing of them.
+        own = replace(job, config=as_pinned(job.config, pinned(job.uri), flags=False))
+        yield from through_actors(own, list(left))
 
 
 def _landing(job: Job, service: "Service", missing: Sequence[int]) -> Iterator[tuple[int, Record]]:

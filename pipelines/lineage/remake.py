@@ -45,7 +45,7 @@ def remake(model: str, records: Sequence[Record], files: dict[str, bytes | None]
         raise PipelineError(
             f"{other.name}: made by model {other.texts['model'][:12]}, but {model} is {loaded.digest[:12]}"
         )
-    lanes, threads = (int(told["lanes"]), int(told["threads"])) if told else (LANES, 0)
+    lanes, threads = (int(told["lanes"]), int(told.get("threads", 0))) if told else (LANES, 0)
     worker = Worker(loaded, lanes=lanes, threads=threads)
     made = list(_made(worker, records, files))
     changed = [(record, png) for record, png in made if png != record.data]

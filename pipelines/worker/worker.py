@@ -49,13 +49,13 @@ class Worker:
 
     @property
     def profile(self) -> dict[str, str | int]:
-        """The numerics profile within which the bytes of a picture repeat."""
-        kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        """The numerics profile within which the bytes of a picture repeat; threads are part of it on a CPU alone."""
+        on_gpu = self.device.type == "cuda"
         return {
-            "device": kind,
+            "device": torch.cuda.get_device_name(self.device) if on_gpu else "cpu",
             "dtype": "float32",
             "lanes": self.engine.lanes,
-            "threads": torch.get_num_threads(),
+            **({} if on_gpu else {"threads": torch.get_num_threads()}),
             "torch": str(torch.__version__),
         }
 
