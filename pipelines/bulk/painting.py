@@ -15,7 +15,7 @@ from pipelines.bulk.inputs import read_requests
 from pipelines.bulk.job import Job
 from pipelines.bulk.numerics import as_pinned, pin, pinned
 from pipelines.bulk.shards import Record, commit_shard, record_of
-from pipelines.config import GenerateConfig, PipelineError, ray_address
+from pipelines.config import GenerateConfig, PipelineError, failure, ray_address, status_of
 from pipelines.model import load_model
 from pipelines.worker import Worker, load_worker, one_of_a_pool, pool_size
 from pipelines.worker.threads import apart
@@ -31,23 +31,24 @@ class ShardPainter:
     """A worker of the stage's own: makes and commits whole shards on its device, several at once by threads."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.refusal = job, ""
+        self.job = job
+        self.refusal: PipelineError | None = None
         worker = _worker(job)
         self.numerics, self.shared = worker.profile, Shared(worker)
         try:
             pin(job.uri, self.numerics)
         except PipelineError as error:  # told with each shard: Ray would start an actor again that fails here
-            self.refusal = str(error)
+            self.refusal = error
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Row with the number of a `shard` -> that number and its record, or the `fault` that kept it from being."""
         shard = int(row["shard"])
         try:
             if self.refusal:
-                raise PipelineError(self.refusal)
-            return {"shard": shard, "record": json.dumps(self._shard(shard)), "fault": ""}
+                raise self.refusal
+            return {"shard": shard, "record": json.dumps(self._shard(shard)), "fault": "", "status": 0}
         except PipelineError as error:
-            return {"shard": shard, "record": "", "fault": str(error)}
+            return {"shard": shard, "record": "", "fault": str(error), "status": status_of(error)}
 
     def _shard(self, shard: int) -> Record:
         """A shard's record: another run's of the same job where there is one by now."""
@@ -89,7 +90,7 @@ def through_actors(job: Job, missing: Sequence[int]) -> Iterator[Made]:
     size = pool_size(job.config.workers, len(missing))
     for row in (_here if size == 1 and ray_address() is None else _by_pool)(job, missing, size):
         if row["fault"]:
-            raise PipelineError(row["fault"])
+            raise failure(row["fault"], row["status"])
         yield int(row["shard"]), json.loads(row["record"])
 
 
