@@ -308,8 +308,8 @@ def addresses(options: argparse.Namespace, home: Path, ports: dict[str, int]) ->
         ("Prefect: flows, runs", at["prefect"]),
         ("Ray dashboard", f"{at['ray']}    (token in {home / 'ray-token'})"),
         ("store", store),
-        ("new pictures", options.source or "none (--source names where): the night makes its order alone"),
         *([] if "://" in store else [("its pages", at["pages"]), ("TensorBoard", at["tensorboard"])]),
+        ("new pictures", options.source or "none (--source names where): the night makes its order alone"),
         ("logs", f"{home}    (Ray's: {scratch_of(home)})"),
     ]  # fmt: skip
     told = "\n".join(f"  {name:<22}{where}" for name, where in lines)
