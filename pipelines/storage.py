@@ -401,6 +401,13 @@ def _fetch(info: ObjectInfo, path: str) -> None:
             md5.update(block)
             file.write(block)
     _check(info, info.size, md5.hexdigest)
+    if not _is_md5(info.version):  # of an object written in parts: it may be two, one after the other
+        _retried(info.uri, lambda: _check_unchanged(info))
+
+
+def _is_md5(version: str) -> bool:
+    """Whether a version looks like the MD5 of an object's bytes."""
+    return re.fullmatch("[0-9a-f]{32}", version) is not None
 
 
 def _block(uri: str, start: int, end: int) -> bytes:
@@ -417,7 +424,7 @@ def _check(info: ObjectInfo, size: int, md5: Callable[[], str]) -> None:
         return
     if size != info.size:
         raise _GarbledError(f"{size} bytes arrived, {info.size} expected")
-    if re.fullmatch("[0-9a-f]{32}", info.version) and md5() != info.version:
+    if _is_md5(info.version) and md5() != info.version:
         _explain_mismatch(info)
 
 

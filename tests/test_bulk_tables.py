@@ -287,6 +287,18 @@ def test_a_changed_table_is_another_job(tmp_path, tiny_model):
     assert job_uri(job) != uri
 
 
+def test_a_table_that_is_replaced_after_the_job_was_named_by_it_is_not_made_under_that_name(tmp_path, tiny_model):
+    job = config(tmp_path, tiny_model, table=csv_of(tmp_path / "t.csv"), carry=["order"])
+    uri = job_uri(job)
+    csv_of(tmp_path / "t.csv", rows=ROWS[::-1])
+    with pytest.raises(PipelineError, match=r"t\.csv: replaced meanwhile; run the same command again"):
+        plan_job(job, uri)
+    assert storage.list_if_any(uri) == []
+    assert plan_job(job, job_uri(job)).rows == len(ROWS)
+    csv_of(tmp_path / "t.csv")
+    assert plan_job(job, uri).rows == len(ROWS)
+
+
 def test_the_same_rows_have_the_same_pictures_in_every_format(tmp_path, tiny_model):
     made = {}
     for kind in ("parquet", "webdataset", "png"):

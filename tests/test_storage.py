@@ -111,6 +111,36 @@ def test_an_object_that_is_replaced_while_it_is_read_is_read_again(store, monkey
     assert storage.read_bytes(f"{store}/x") == b"at the end"
 
 
+class Replaced:
+    """A store with one object of two blocks, that another version of as many bytes takes the place of after a read."""
+
+    def __init__(self, *versions):
+        self.versions = list(versions)
+
+    def info(self, _):
+        data = self.versions[0]
+        return {"name": "b/x", "type": "file", "size": len(data), "ETag": f'"{storage.digest(data)[:32]}-2"'}
+
+    def cat_file(self, _, start, end):
+        data = self.versions[0][start:end]
+        if len(self.versions) > 1:
+            self.versions.pop(0)
+        return data
+
+
+def test_an_object_in_parts_that_is_replaced_while_it_is_fetched_is_not_taken_for_one(monkeypatch):
+    monkeypatch.setattr(storage, "_BLOCK_BYTES", 2)
+    for versions in ([b"aabb"], [b"aabb", b"ccdd"]):
+        monkeypatch.setattr(storage, "_filesystem", dict.fromkeys(["s3://b/x"], Replaced(*versions)).get)
+        copying = storage.local_copy(storage.stat("s3://b/x"))
+        if len(versions) > 1:
+            with pytest.raises(storage.StorageError, match="s3://b/x: changed since it was listed; run again"), copying:
+                pass
+        else:
+            with copying as path, open(path, "rb") as copy:
+                assert copy.read() == b"aabb"
+
+
 def test_a_damaged_part_is_named_with_both_checksums(store):
     part = storage.put_part(store, "part-0", ".bin", b"payload")
     storage.write_bytes(f"{store}/{part['name']}", b"paYload")

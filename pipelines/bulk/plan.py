@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pipelines import storage
 from pipelines.bulk.job import CARRIED, STAGING, Job, Table, classes_in_turn
 from pipelines.bulk.rows import Checker
-from pipelines.bulk.tables import carried_types, rows_of_table, table_digest
+from pipelines.bulk.tables import carried_types, copy_digest, rows_of_table, table_digest
 from pipelines.config import GenerateConfig, PipelineError, identity, what
 from pipelines.image_sets import FILES, request_columns
 from pipelines.model import load_config, model_digest
@@ -37,11 +37,16 @@ _LONGEST_REASON = 500
 
 def job_uri(config: GenerateConfig) -> str:
     """Where the images of these settings, this model and this table lie. Raises StorageError where one is missing."""
-    digest = model_digest(storage.read_manifest(storage.normalise(config.model), "model"))
-    inputs: Any = digest
+    model = model_digest(storage.read_manifest(storage.normalise(config.model), "model"))
+    return _uri_of(config, model, None if config.table is None else table_digest(storage.stat(config.table)))
+
+
+def _uri_of(config: GenerateConfig, model: str, table: str | None) -> str:
+    """Where the images lie, by the digests of the model and the table."""
+    inputs: Any = model
     if config.table is not None:
         # Pictures may be named from the table's folder on, so the same table elsewhere is another one.
-        inputs = [digest, table_digest(storage.stat(config.table)), config.table.rsplit("/", 1)[0]]
+        inputs = [model, table, config.table.rsplit("/", 1)[0]]
     name = identity("generate", VERSION, what(config), inputs)
     return storage.join(storage.normalise(config.store), "images", config.name, name)
 
@@ -128,7 +133,12 @@ def _staged_table(config: GenerateConfig, uri: str, model: str) -> Table:
     if not storage.exists(plan):
         info = storage.stat(config.table)
         with storage.local_copy(info) as path:
-            made = _stage(config, uri, info, path, model)
+            digest = copy_digest(path)
+            if _uri_of(config, model, digest) != uri:
+                raise PipelineError(
+                    f"{config.table}: replaced meanwhile; run the same command again to take the new one"
+                )
+            made = {"digest": digest, **_stage(config, uri, info, path, model)}
         storage.write_bytes(plan, storage.to_json(made))
     told = storage.read_json(plan)
     if told["refused"] and not config.skip_bad:
@@ -154,7 +164,7 @@ def _stage(config: GenerateConfig, uri: str, info: ObjectInfo, path: str, model:
     if not rows or (bad.count and not config.skip_bad):
         raise refused_rows(info.uri, rows, bad)
     staging.close()
-    return {"digest": table_digest(info), "rows": rows, "refused": bad.count, "bad": bad.rows, "parts": staging.parts}
+    return {"rows": rows, "refused": bad.count, "bad": bad.rows, "parts": staging.parts}
 
 
 @dataclass
