@@ -22,7 +22,7 @@ down: .venv/installed
 test: .venv/installed .venv-s3/installed
 	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(FLAGS)
 
-# Trials that kill processes and nodes and break the way to the store; about 40 minutes.
+# Trials that kill processes and nodes and break the way to the store; about 50 minutes.
 chaos: .venv/installed .venv-s3/installed
 	.venv/bin/python -m pytest -m chaos $(FLAGS)
 
