@@ -45,6 +45,9 @@ _BROKEN_WAY = (
 )
 _NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
 _PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+# A file that is being written on a disk, as mkstemp names it
+_TEMPORARY_PREFIX = ".part-"
+_TEMPORARY = re.compile(re.escape(_TEMPORARY_PREFIX) + "[a-z0-9_]{8}")
 _BLOCK_BYTES = 16 * 2**20
 _GAP_BYTES = 64 * 2**10
 _AT_A_TIME = 16
@@ -529,8 +532,13 @@ def _find(uri: str) -> Iterable[dict[str, Any]]:
 
 
 def _local_details(paths: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """What is known of files and of links that lead nowhere; folders, and what is gone meanwhile, are left out."""
+    """What is known of files and of links that lead nowhere.
+
+    Folders are left out, what is gone meanwhile, and what is no object yet, or never will be: its writer was killed.
+    """
     for path in paths:
+        if _TEMPORARY.fullmatch(os.path.basename(path)):
+            continue
         with contextlib.suppress(FileNotFoundError):
             if os.path.isfile(path):
                 yield fsspec.filesystem("file").info(path)
@@ -562,7 +570,7 @@ def _temporary_beside(uri: str, data: bytes) -> Iterator[str]:
     """A file with `data`, synced, in the folder of `uri` and gone afterwards."""
     folder = os.path.dirname(uri)
     os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".part-", dir=folder)
+    handle, temporary = tempfile.mkstemp(prefix=_TEMPORARY_PREFIX, dir=folder)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

@@ -1,9 +1,13 @@
 import os
+import signal
+import subprocess
+import sys
 import threading
 import zlib
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from pipelines import storage
 
@@ -93,6 +97,27 @@ def test_a_folder_that_others_write_to_and_delete_at_the_same_time_is_deleted(tm
     storage.remove_folder(str(folder))
     assert next(late, None) is None
     assert not folder.exists()
+
+
+KILLED = """
+import os, signal, sys
+from pipelines import storage
+os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+storage.write_bytes(sys.argv[1], b"second")
+"""
+
+
+def test_what_a_killed_writer_leaves_is_no_object(tmp_path):
+    place = str(tmp_path / "records/000000001.json")
+    storage.write_bytes(place, b"first")
+    killed = subprocess.run([sys.executable, "-c", KILLED, place], cwd=ROOT, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list((tmp_path / "records").iterdir())) == 2, "a file that nobody will finish"
+    for uri in (tmp_path, f"{tmp_path}/records/*", f"{tmp_path}/**"):
+        assert [info.uri for info in storage.list_objects(str(uri))] == [place]
+    assert storage.read_bytes(place) == b"first"
+    storage.remove_folder(str(tmp_path / "records"))
+    assert not (tmp_path / "records").exists()
 
 
 def test_an_object_that_is_replaced_while_it_is_read_is_read_again(store, monkeypatch):
