@@ -96,15 +96,15 @@ def test_a_batch_whose_record_no_longer_fits_the_settings_fails_and_says_so(batc
 
 
 def test_a_batch_waits_for_a_store_that_is_away(batches, monkeypatch):
-    ordered, tries, is_cancelled = order(batches), [], batches.is_cancelled
+    ordered, tries, note = order(batches), [], batches.note
 
-    def away(asked):
+    def away(told, state):
         tries.append(1)
         if len(tries) < 3:
             raise storage.StoreAwayError("away")
-        return is_cancelled(asked)
+        note(told, state)
 
-    monkeypatch.setattr(batches, "is_cancelled", away)
+    monkeypatch.setattr(batches, "note", away)
     watched(batches, script("raise SystemExit('error: no')"), closed(batches))
     assert batches.state(ordered).error == "no"
 
