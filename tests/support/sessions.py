@@ -33,8 +33,9 @@ def uri_of(stage, output):
 
 
 def kill_all(process):
-    """SIGKILL the whole session."""
-    os.killpg(process.pid, signal.SIGKILL)
+    """SIGKILL the whole session, also what is in a process group of its own there, as Ray's workers are."""
+    while kill_one(process.pid, "."):
+        process.poll()
     process.wait()
 
 
