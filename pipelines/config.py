@@ -420,20 +420,6 @@ _WITHOUT_TABLE = ("count", "classes")
 _OF_TABLES = ("task", "prompt", "inpainting", "solves", "resample", "noise_level", "strength")
 
 
-def check_origin(options: GenerateOptions, table: str | None) -> None:
-    """Raise ValueError on a setting that the rows of a table, or those of the flags, have no use for."""
-    fields = type(options).model_fields
-    changed = [name for name in fields if getattr(options, name) != fields[name].default]
-    for name in changed:
-        flag = name.replace("_", "-")
-        if table and name in _WITHOUT_TABLE:
-            raise ValueError(f"--{flag} is for rows without a table; --table has its own")
-        if not table and name in _OF_TABLES:
-            raise ValueError(f"--{flag} is for rows of a --table, and there is none; without one, give --classes alone")
-    if options.carry and not table:
-        raise ValueError("--carry names columns of a --table, and there is none")
-
-
 class EngineOptions(Settings):
     """How the engine of a model on a device batches."""
 
@@ -464,7 +450,18 @@ class GenerateConfig(GenerateOptions, EngineOptions, Place):
 
     @model_validator(mode="after")
     def _one_origin_of_rows(self) -> Self:
-        check_origin(self, self.table)
+        """A setting that the rows of a table, or those of the flags, have no use for is refused."""
+        fields = type(self).model_fields
+        for name in [name for name in fields if getattr(self, name) != fields[name].default]:
+            flag = name.replace("_", "-")
+            if self.table and name in _WITHOUT_TABLE:
+                raise ValueError(f"--{flag} is for rows without a table; --table has its own")
+            if not self.table and name in _OF_TABLES:
+                raise ValueError(
+                    f"--{flag} is for rows of a --table, and there is none; without one, give --classes alone"
+                )
+        if self.carry and not self.table:
+            raise ValueError("--carry names columns of a --table, and there is none")
         return self
 
 

@@ -64,14 +64,14 @@ class ShardPainter:
 
 def _worker(job: Job) -> Worker:
     """The model on a device; lanes and threads of which no flag says how many are those of the job's first worker."""
-    wanted = as_pinned(job.config, pinned(job.uri))
-    worker = _loaded(wanted)
+    there = pinned(job.uri)
+    worker = _loaded(as_pinned(job.config, there))
+    if there is not None:
+        return worker
     with contextlib.suppress(PipelineError):
         pin(job.uri, worker.profile)
-    first = as_pinned(job.config, pinned(job.uri))
-    if first == wanted or (worker.profile["lanes"], worker.profile.get("threads", 0)) == (first.lanes, first.threads):
-        return worker
-    return _loaded(first)
+    first = pinned(job.uri)
+    return worker if first == worker.profile else _loaded(as_pinned(job.config, first))
 
 
 def _loaded(config: GenerateConfig) -> Worker:

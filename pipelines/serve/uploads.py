@@ -118,7 +118,9 @@ class Uploads:
         found: list[Upload] = []
         for name in storage.list_folders(storage.join(self.folder, owner, "files")):
             with left_out(name, tell):
-                found += [each for each in [self.find(owner, name)] if each is not None]
+                upload = self.find(owner, name)
+                if upload is not None:
+                    found.append(upload)
         return sorted(found, key=lambda each: (-each.created_at, each.id))
 
     def remove(self, owner: str, identity: str) -> None:
